@@ -28,6 +28,17 @@ class RequestError(ValueError):
         self.code = code
 
 
+class QueueFull(RequestError):
+    """As many requests wait as the engine lets wait: the same request may be sent again later."""
+
+    def __init__(self, max_waiting: int) -> None:
+        super().__init__(f"the queue is full: {max_waiting} requests are waiting", code="queue_full")
+
+
+class EngineStopped(RuntimeError):
+    """A request came after the engine had stopped; no fault of the request."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request's tokens are chosen (field names and ranges: OpenAI's and vLLM's API references).
@@ -122,6 +133,28 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One id that a step sampled for one slot; `logprobs` is None where they were not asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine was busy with at one moment.
+
+    `running` counts the slots in use, `waiting` the requests without one; a page is free when no
+    slot owns it.
+    """
+
+    running: int
+    waiting: int
+    free_pages: int
+    total_pages: int
 
 
 def _ignore_logprobs(_: TokenLogprobs) -> None:

@@ -1,0 +1,59 @@
+"""Runs Qwen3-MoE GGUF files as one jit-compiled JAX step.
+
+The public names are loaded on first use, so that `import jaxmoe` costs nothing and loads no JAX.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from jaxmoe.config import EngineConfig
+    from jaxmoe.engine import EngineStats, QueueFull
+    from jaxmoe.llm import LLM, Event, GenerateResult, Generation, Timings
+    from jaxmoe.request import FinishReason, Request, RequestError, SamplingParams, TokenLogprobs
+
+__all__ = [
+    "LLM",
+    "EngineConfig",
+    "EngineStats",
+    "Event",
+    "FinishReason",
+    "GenerateResult",
+    "Generation",
+    "QueueFull",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "Timings",
+    "TokenLogprobs",
+]
+
+_HOMES: Final = {
+    "EngineConfig": "config",
+    "EngineStats": "engine",
+    "QueueFull": "engine",
+    "LLM": "llm",
+    "Event": "llm",
+    "GenerateResult": "llm",
+    "Generation": "llm",
+    "Timings": "llm",
+    "FinishReason": "request",
+    "Request": "request",
+    "RequestError": "request",
+    "SamplingParams": "request",
+    "TokenLogprobs": "request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
+    value = getattr(import_module(f"jaxmoe.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,97 @@
+"""The decoder: Flax NNX modules that hold every layer's weights stacked, and one loop over the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from jaxmoe.attention import Attention, Rows
+from jaxmoe.cache import KVCache
+from jaxmoe.config import ModelConfig
+from jaxmoe.layers import (
+    PackedWeight,
+    RMSNorm,
+    by_row_tiles,
+    dequantised_halves,
+    matmul,
+    padded_rows,
+    rms_norm,
+)
+from jaxmoe.moe import MoE
+from jaxmoe.quants import QuantTensor
+
+
+class Embedding(nnx.Module):
+    """The token embedding [V, D], packed."""
+
+    def __init__(self, tensor: QuantTensor) -> None:
+        self.weight = PackedWeight(tensor)
+
+    def __call__(self, token_ids: Array) -> Array:
+        """token_ids [M] -> float32 [M, D]."""
+        weight = self.weight.tensor
+        axis = 0 if weight.layout == "rows" else 1
+        picked = weight.map(lambda a: jnp.take(a, token_ids, axis=axis, mode="clip"))
+        parts = dequantised_halves(picked)
+        if weight.layout == "columns":
+            parts = tuple(part.T for part in parts)
+        if len(parts) == 1:
+            return parts[0]
+        low_high = [part.reshape(part.shape[0], -1, 32) for part in parts]
+        return jnp.stack(low_high, axis=2).reshape(token_ids.shape[0], -1)
+
+
+class Decoder(nnx.Module):
+    """A Qwen3-MoE network; weights only, the cache is passed in and handed back."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        embedding: Embedding,
+        attention: Attention,
+        moe: MoE,
+        norms: dict[str, Array],
+        output: QuantTensor | None,
+    ) -> None:
+        self.embedding = embedding
+        self.attention = attention
+        self.moe = moe
+        self.attn_norm = RMSNorm(norms["attn"], config.norm_eps)
+        self.moe_norm = RMSNorm(norms["moe"], config.norm_eps)
+        self.final_norm = nnx.Param(norms["final"])
+        self.output = None if output is None else PackedWeight(output)
+        self.config = config
+
+    def __call__(self, token_ids: Array, cache: KVCache, rows: Rows) -> tuple[Array, KVCache]:
+        """token_ids [M] -> hidden states [M, D] before the final norm, and the cache with this step's tokens."""
+        with jax.named_scope("embedding"):
+            x = self.embedding(token_ids)
+
+        def layer(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+            x, cache = carry
+            with jax.named_scope("attention"):
+                y, cache = self.attention(_normed(self.attn_norm, x, rows, i), cache, rows, i)
+                x = x + y
+            with jax.named_scope("moe"):
+                x = x + self.moe(_normed(self.moe_norm, x, rows, i), rows.num_rows, i)
+            return x, cache
+
+        return lax.fori_loop(0, self.config.num_layers, layer, (x, cache))
+
+    def logits(self, hidden: Array, num_rows: Array) -> Array:
+        """hidden [B, D] -> logits [B, V] float32 of the first `num_rows` rows."""
+        with jax.named_scope("logits"):
+            x = padded_rows(hidden)
+            norm: Any = lambda tile: rms_norm(tile, self.final_norm[...], self.config.norm_eps)  # noqa: E731
+            x = by_row_tiles(norm, jnp.zeros_like(x), (x,), num_rows)
+            tied = self.embedding.weight if self.output is None else self.output
+            return matmul(x, tied.tensor, (), num_rows)[: hidden.shape[0]]
+
+
+def _normed(norm: RMSNorm, x: Array, rows: Rows, layer: Array) -> Array:
+    return by_row_tiles(lambda tile: norm(tile, layer), jnp.zeros_like(x), (x,), rows.num_rows)

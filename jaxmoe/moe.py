@@ -1,0 +1,161 @@
+"""The mixture of experts: a router, and SwiGLU experts that read each expert's weights once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.layers import (
+    ROW_TILE,
+    StackedWeight,
+    by_row_tiles,
+    column_tile,
+    dequantised_halves,
+    halves,
+    matmul,
+    tile_product,
+    weight_tile,
+)
+from jaxmoe.quants import QuantTensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """(row, expert) pairs sorted by expert, each expert's rows starting a new row tile.
+
+    `rows` [P] names the token row at each place (M: none), `places` [M, A] where each pair went,
+    `experts` [n] the experts that have rows, ascending, `first_tiles` and `num_tiles` [n] their row tiles,
+    `num_experts` how many there are.
+    """
+
+    rows: Array
+    places: Array
+    experts: Array
+    first_tiles: Array
+    num_tiles: Array
+    num_experts: Array
+
+
+def route(logits: Array, experts_per_token: int) -> tuple[Array, Array]:
+    """Softmax over all experts, the A largest, renormalised: logits [R, E] -> ids and weights [R, A]."""
+    weights, ids = lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)
+    total = weights[:, 0]
+    for i in range(1, experts_per_token):
+        total = total + weights[:, i]
+    return ids.astype(jnp.int32), weights / total[:, None]
+
+
+def group_by_expert(ids: Array, num_rows: Array, num_experts: int) -> Groups:
+    """Sort the pairs of ids [M, A] by expert; rows past `num_rows` get no place."""
+    num_all, per_token = ids.shape
+    real = jnp.arange(num_all, dtype=jnp.int32) < num_rows
+    flat = jnp.where(real[:, None], ids, jnp.int32(num_experts)).reshape(-1)
+    counts = jnp.zeros(num_experts + 1, jnp.int32).at[flat].add(1)[:-1]
+    tiles = (counts + (ROW_TILE - 1)) // ROW_TILE
+    first_tiles = jnp.cumsum(tiles) - tiles
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sorted_ids = flat[order]
+    first_pair = jnp.cumsum(counts) - counts
+    clipped = jnp.minimum(sorted_ids, num_experts - 1)
+    place = first_tiles[clipped] * ROW_TILE + jnp.arange(flat.size, dtype=jnp.int32) - first_pair[clipped]
+    num_places = num_all * per_token + (ROW_TILE - 1) * min(num_experts, num_all * per_token)
+    num_places += -num_places % ROW_TILE
+    place = jnp.where(sorted_ids < num_experts, place, num_places)
+    rows = jnp.full(num_places, num_all, jnp.int32).at[place].set(order // per_token, mode="drop")
+    places = jnp.zeros(flat.size, jnp.int32).at[order].set(place).reshape(ids.shape)
+    (present,) = jnp.nonzero(counts > 0, size=min(num_experts, flat.size), fill_value=0)
+    present = present.astype(jnp.int32)
+    return Groups(rows, places, present, first_tiles[present], tiles[present], jnp.sum(counts > 0, dtype=jnp.int32))
+
+
+def grouped_matmul(
+    x: Array,
+    weights: Sequence[tuple[QuantTensor, Array]],
+    groups: Groups,
+    combine: Callable[..., Array] = lambda y: y,
+) -> Array:
+    """Each group's rows of x [P, K] times its expert's matrix of every weight, combined -> [P, N] float32.
+
+    `weights` are (stack [L, E, ...], index in the stack); `combine` takes one product [R, width] for each.
+    An expert's weights are dequantised once for all of its rows.
+    """
+    first = weights[0][0]
+    num_columns = first.shape[-1 if first.layout == "columns" else -2]
+    width = column_tile(num_columns)
+    parts = [halves(x, w) for w, _ in weights]
+
+    def expert(i: Array, out: Array) -> Array:
+        def columns(j: Array, out: Array) -> Array:
+            start = jnp.minimum(j * width, num_columns - width)
+            tiles = [weight_tile(w, (index, groups.experts[i]), start, width) for w, index in weights]
+            values = [dequantised_halves(tile) for tile in tiles]
+
+            def rows(k: Array, out: Array) -> Array:
+                row = (groups.first_tiles[i] + k) * ROW_TILE
+                products = [
+                    tile_product([lax.dynamic_slice_in_dim(p, row, ROW_TILE) for p in part], value, tile)
+                    for part, value, tile in zip(parts, values, tiles, strict=True)
+                ]
+                return lax.dynamic_update_slice(out, combine(*products), (row, start))
+
+            return lax.fori_loop(0, groups.num_tiles[i], rows, out)
+
+        return lax.fori_loop(0, -(-num_columns // width), columns, out)
+
+    out = jnp.zeros((x.shape[0], num_columns), jnp.float32)
+    return lax.fori_loop(0, groups.num_experts, expert, out)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up (Shazeer, 2020)."""
+    return jax.nn.silu(gate) * up
+
+
+class MoE(nnx.Module):
+    """Router and expert weights of all layers."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, StackedWeight]) -> None:
+        self.router = weights["router"]
+        self.gate = weights["gate"]
+        self.up = weights["up"]
+        self.down = weights["down"]
+        self.config = config
+
+    def __call__(self, x: Array, num_rows: Array, layer: Array) -> Array:
+        """x [M, D], already normed -> the weighted sum of each row's A experts [M, D]."""
+        with jax.named_scope("router"):
+            ids, weights = self._route(x, num_rows, layer)
+            groups = group_by_expert(ids, num_rows, self.config.num_experts)
+        with jax.named_scope("gate_up"):
+            gathered = x.at[groups.rows].get(mode="fill", fill_value=0)
+            hidden = self._gate_up(gathered, groups, layer)
+        with jax.named_scope("down"):
+            y = self.down.apply(lambda w, i: grouped_matmul(hidden, ((w, i),), groups), layer)
+        with jax.named_scope("combine"):
+            return _combine(y, groups.places, weights)
+
+    def _route(self, x: Array, num_rows: Array, layer: Array) -> tuple[Array, Array]:
+        logits = self.router.apply(lambda w, i: matmul(x, w, (i,), num_rows), layer)
+        shape = (x.shape[0], self.config.experts_per_token)
+        out = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        return by_row_tiles(lambda row: route(row, shape[1]), out, (logits,), num_rows)
+
+    def _gate_up(self, x: Array, groups: Groups, layer: Array) -> Array:
+        def with_gate(gate: QuantTensor, i: Array) -> Array:
+            return self.up.apply(lambda up, j: grouped_matmul(x, ((gate, i), (up, j)), groups, swiglu), layer)
+
+        return self.gate.apply(with_gate, layer)
+
+
+def _combine(y: Array, places: Array, weights: Array) -> Array:
+    """Sum over a row's experts, in the router's order: y [P, D], places and weights [M, A] -> [M, D]."""
+    total = y.at[places[:, 0]].get(mode="clip") * weights[:, :1]
+    for a in range(1, places.shape[1]):
+        total = total + y.at[places[:, a]].get(mode="clip") * weights[:, a : a + 1]
+    return total

@@ -1,0 +1,352 @@
+"""Prefill and decode: pure functions of weights, cache and slots, compiled per bucket, donated and warmed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from jaxmoe.attention import SEGMENT_LENGTH, Rows, query_tile
+from jaxmoe.cache import KVCache
+from jaxmoe.config import ModelConfig
+from jaxmoe.layers import ROW_TILE
+from jaxmoe.model import Decoder
+from jaxmoe.request import SampledToken, SamplingParams, TokenLogprobs
+from jaxmoe.sampling import Sampled, SamplingRow, sample
+from jaxmoe.scheduler import Decode, Prefill
+
+_SMALLEST_PREFILL = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """What the device remembers of each slot [B]: the id it feeds next, that id's position, its sampling row."""
+
+    token_ids: Array
+    positions: Array
+    sampling: SamplingRow
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The static shapes of the steps: counts of slots, pages and tokens."""
+
+    num_slots: int
+    num_pages: int
+    page_length: int
+    context_length: int
+    prefill_chunk: int
+    cache_dtype: str
+
+    @property
+    def table_length(self) -> int:
+        """Pages of the longest context, up to a whole attention segment."""
+        return -(-self.context_length // SEGMENT_LENGTH) * SEGMENT_LENGTH // self.page_length
+
+    @property
+    def prefill_buckets(self) -> tuple[int, ...]:
+        """Token counts that prefill is compiled for; trip counts inside follow the real count."""
+        largest = -(-self.prefill_chunk // _SMALLEST_PREFILL) * _SMALLEST_PREFILL
+        return tuple(sorted({_SMALLEST_PREFILL, largest}))
+
+    @property
+    def decode_buckets(self) -> tuple[int, ...]:
+        """Slot counts that decode is compiled for: ROW_TILE, doubled until all slots fit."""
+        buckets = [ROW_TILE]
+        while buckets[-1] < self.num_slots:
+            buckets.append(2 * buckets[-1])
+        return tuple(buckets)
+
+
+def prefill(
+    model: Decoder, cache: KVCache, slots: Slots, tables: Array, token_ids: Array, where: Array
+) -> tuple[KVCache, Slots, Sampled]:
+    """Put a chunk token_ids [T] of one slot into the cache; on the last chunk sample the slot's next id.
+
+    `where` int32[4] is (slot, position of the first token, number of real tokens, 1 on the last chunk).
+    """
+    slot, start, count, is_last = where[0], where[1], where[2], where[3]
+    num_rows, tile = token_ids.shape[0], query_tile(model.config)
+    index = jnp.arange(num_rows, dtype=jnp.int32)
+    members = jnp.where(index < count, index, num_rows).reshape(-1, tile)
+    rows = _rows(
+        cache, tables, slots=jnp.broadcast_to(slot, num_rows), positions=start + index, count=count,
+        tile_rows=members, tile_tables=jnp.broadcast_to(slot, members.shape[0]), num_tiles=-(-count // tile),
+    )  # fmt: skip
+    hidden, cache = model(token_ids, cache, rows)
+    last = lax.dynamic_slice_in_dim(hidden, count - 1, 1)
+    logits = model.logits(last, is_last)
+    fed = replace(slots, positions=slots.positions.at[slot].set(start + count - 1))
+    slots, sampled = _sample(fed, logits, slot[None], is_last)
+    return cache, slots, sampled
+
+
+def decode(
+    model: Decoder, cache: KVCache, slots: Slots, tables: Array, active: Array, count: Array
+) -> tuple[KVCache, Slots, Sampled]:
+    """Feed each slot of active[:count] its id, sample the next; `active` [b] is padded with any slot."""
+    token_ids, positions = slots.token_ids[active], slots.positions[active]
+    num_rows = active.shape[0]
+    index = jnp.arange(num_rows, dtype=jnp.int32)
+    others = jnp.full((num_rows, query_tile(model.config) - 1), num_rows, jnp.int32)
+    rows = _rows(
+        cache, tables, slots=active, positions=positions, count=count,
+        tile_rows=jnp.concatenate([index[:, None], others], axis=1), tile_tables=active, num_tiles=count,
+    )  # fmt: skip
+    hidden, cache = model(token_ids, cache, rows)
+    slots, sampled = _sample(slots, model.logits(hidden, count), active, count)
+    return cache, slots, sampled
+
+
+def _rows(
+    cache: KVCache, tables: Array, *, slots: Array, positions: Array, count: Array, **tiles: Array
+) -> Rows:
+    real = jnp.arange(positions.shape[0], dtype=jnp.int32) < count
+    pages = tables.at[slots, positions // cache.page_length].get(mode="clip")
+    return Rows(
+        num_rows=count,
+        positions=positions,
+        pages=jnp.where(real, pages, cache.num_pages),
+        offsets=positions % cache.page_length,
+        page_tables=tables,
+        **tiles,
+    )
+
+
+def _sample(slots: Slots, logits: Array, active: Array, count: Array) -> tuple[Slots, Sampled]:
+    """Sample a row for each of active[:count], one after the other, and advance those slots."""
+
+    def row(i: Array, out: Sampled) -> Sampled:
+        sampled = sample(logits[i], jax.tree.map(lambda x: x[active[i]], slots.sampling))
+        return jax.tree.map(lambda o, y: lax.dynamic_update_index_in_dim(o, y, i, 0), out, sampled)
+
+    with jax.named_scope("sampling"):
+        sampled = lax.fori_loop(0, count, row, Sampled.empty(active.shape[0]))
+        num_slots = slots.token_ids.shape[0]
+        real = jnp.arange(active.shape[0], dtype=jnp.int32) < count
+        used = jnp.where(real, active, num_slots)
+        history = slots.sampling
+        counts = history.counts.at[used, sampled.token_id].add(1, mode="drop")
+        advanced = replace(history, counts=counts, step=history.step.at[used].add(1, mode="drop"))
+        return Slots(
+            token_ids=slots.token_ids.at[used].set(sampled.token_id, mode="drop"),
+            positions=slots.positions.at[used].add(1, mode="drop"),
+            sampling=advanced,
+        ), sampled
+
+
+def admit(slots: Slots, slot: Array, row: SamplingRow) -> Slots:
+    """Give a slot the sampling row of a new request."""
+    put = lambda batch, one: lax.dynamic_update_index_in_dim(batch, one, slot, 0)  # noqa: E731
+    return replace(slots, sampling=jax.tree.map(put, slots.sampling, row))
+
+
+def sampling_row(
+    params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int], generated_ids: Sequence[int], seed: int
+) -> SamplingRow:
+    """A request's sampling row, as numpy arrays."""
+    bias = np.zeros(vocab_size, np.float32)
+    for token_id, value in params.logit_bias.items():
+        bias[token_id] = value
+    in_prompt = np.zeros(vocab_size, np.bool_)
+    in_prompt[np.asarray(prompt_ids, np.int64)] = True
+    counts = np.bincount(np.asarray(generated_ids, np.int64), minlength=vocab_size).astype(np.int32)
+    # one candidate leaves nothing to draw
+    greedy = params.top_k == 1
+    return SamplingRow(
+        temperature=np.float32(0 if greedy else params.temperature),
+        top_p=np.float32(params.top_p),
+        min_p=np.float32(params.min_p),
+        frequency_penalty=np.float32(params.frequency_penalty),
+        presence_penalty=np.float32(params.presence_penalty),
+        repetition_penalty=np.float32(params.repetition_penalty),
+        top_k=np.int32(max(0, params.top_k)),
+        seed=np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
+        step=np.int32(len(generated_ids)),
+        bias=bias,
+        counts=counts,
+        in_prompt=in_prompt,
+        wants_logprobs=np.bool_(params.logprobs is not None),
+    )
+
+
+class PendingTokens:
+    """Ids on their way from the device; `read` waits for them."""
+
+    def __init__(self, sampled: Sampled, num_logprobs: Sequence[int | None]) -> None:
+        self._sampled = sampled
+        self._num_logprobs = tuple(num_logprobs)
+        wanted = jax.tree.leaves(sampled) if self._any_logprobs else [sampled.token_id]
+        for array in wanted:
+            array.copy_to_host_async()
+
+    @property
+    def _any_logprobs(self) -> bool:
+        return any(n is not None for n in self._num_logprobs)
+
+    def read(self) -> list[SampledToken]:
+        """One id per slot of the step, in its order; blocks until the device has them."""
+        token_ids = np.asarray(self._sampled.token_id).tolist()[: len(self._num_logprobs)]
+        if not self._any_logprobs:
+            return [SampledToken(token_id, None) for token_id in token_ids]
+        host = jax.tree.map(np.asarray, self._sampled)
+        return [
+            SampledToken(token_id, None if n is None else _token_logprobs(host, i, n))
+            for i, (token_id, n) in enumerate(zip(token_ids, self._num_logprobs, strict=True))
+        ]
+
+
+def _token_logprobs(host: Any, i: int, count: int) -> TokenLogprobs:
+    top = zip(host.top_ids[i, :count].tolist(), host.top_logprobs[i, :count].tolist(), strict=True)
+    return TokenLogprobs(int(host.token_id[i]), float(host.logprob[i]), tuple(top))
+
+
+class Steps:
+    """The compiled steps of one model with their state on the device; one thread uses it.
+
+    `prefill` and `decode` only launch; reading what they return waits.
+    """
+
+    def __init__(self, model: Decoder, config: ModelConfig, shapes: Shapes) -> None:
+        if SEGMENT_LENGTH % shapes.page_length:
+            raise ValueError(f"page_length must divide {SEGMENT_LENGTH}, got {shapes.page_length}")
+        self.config = config
+        self.shapes = shapes
+        self.num_slots = shapes.num_slots
+        self.num_pages = shapes.num_pages
+        self.page_length = shapes.page_length
+        self.context_length = shapes.context_length
+        self.vocab_size = config.vocab_size
+        graph, state = nnx.split(model)
+        self._leaves, tree = jax.tree.flatten(state)
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(leaves: list[Array], *args: Any) -> Any:
+                return function(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), *args)
+
+            # the profiler and the compiler's log show this name
+            call.__name__ = function.__name__
+            return jax.jit(call, donate_argnums=(1, 2))
+
+        self._prefill = compiled(prefill)
+        self._decode = compiled(decode)
+        self._admit = jax.jit(admit, donate_argnums=0)
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty cache and idle slots, after a failed step has lost the donated ones."""
+        shapes = self.shapes
+        self._cache = KVCache.empty(self.config, shapes.num_pages, shapes.page_length, shapes.cache_dtype)
+        self._slots = _idle_slots(shapes.num_slots, self.vocab_size)
+        self._num_logprobs: list[int | None] = [None] * shapes.num_slots
+        self._tables = np.zeros((shapes.num_slots, shapes.table_length), np.int32)
+        self._device_tables = jnp.array(self._tables)
+        self._active: tuple[int, ...] = ()
+        self._device_active: tuple[Array, Array] | None = None
+
+    def warm(self, progress: Callable[[float], None] = lambda _: None) -> None:
+        """Compile and run every bucket once, with no real rows: the state stays as it is."""
+        shapes = self.shapes
+        work: list[Callable[[], Any]] = [
+            *(partial(self._warm_prefill, num_tokens) for num_tokens in shapes.prefill_buckets),
+            *(partial(self._warm_decode, num_slots) for num_slots in shapes.decode_buckets),
+            partial(self.admit, 0, SamplingParams(), prompt_ids=(), generated_ids=(), seed=0),
+        ]
+        for done, step in enumerate(work, start=1):
+            step()
+            progress(done / len(work))
+        jax.block_until_ready(self._slots)
+
+    def _warm_prefill(self, num_tokens: int) -> None:
+        self._launch_prefill(np.zeros(num_tokens, np.int32), np.zeros(4, np.int32))
+
+    def _warm_decode(self, num_slots: int) -> None:
+        self._launch_decode(jnp.zeros(num_slots, jnp.int32), jnp.int32(0))
+
+    def num_compilations(self) -> int:
+        """Executables that the steps hold; constant once they are warm."""
+        return sum(function._cache_size() for function in (self._prefill, self._decode, self._admit))
+
+    def admit(
+        self,
+        slot: int,
+        params: SamplingParams,
+        *,
+        prompt_ids: Sequence[int],
+        generated_ids: Sequence[int],
+        seed: int,
+    ) -> None:
+        """Prepare a slot for a request; `generated_ids` are what it sampled before it was preempted."""
+        row = sampling_row(params, self.vocab_size, prompt_ids, generated_ids, seed)
+        self._slots = self._admit(self._slots, np.int32(slot), row)
+        self._num_logprobs[slot] = params.logprobs
+
+    def prefill(self, step: Prefill) -> PendingTokens | None:
+        """Launch one chunk; tokens come back from the last chunk only."""
+        count = len(step.token_ids)
+        bucket = next(size for size in self.shapes.prefill_buckets if size >= count)
+        token_ids = np.zeros(bucket, np.int32)
+        token_ids[:count] = step.token_ids
+        self._set_pages([(step.slot, i, page) for i, page in enumerate(step.pages)])
+        where = np.array([step.slot, step.start, count, step.is_last], np.int32)
+        sampled = self._launch_prefill(token_ids, where)
+        return PendingTokens(sampled, [self._num_logprobs[step.slot]]) if step.is_last else None
+
+    def decode(self, step: Decode) -> PendingTokens:
+        """Launch one token for each slot of the step."""
+        self._set_pages(step.new_pages)
+        if self._device_active is None or step.slots != self._active:
+            self._active = step.slots
+            bucket = next(size for size in self.shapes.decode_buckets if size >= len(step.slots))
+            padded = np.zeros(bucket, np.int32)
+            padded[: len(step.slots)] = step.slots
+            self._device_active = jnp.asarray(padded), jnp.int32(len(step.slots))
+        sampled = self._launch_decode(*self._device_active)
+        return PendingTokens(sampled, [self._num_logprobs[slot] for slot in step.slots])
+
+    def _launch_prefill(self, token_ids: np.ndarray, where: np.ndarray) -> Sampled:
+        args = self._cache, self._slots, self._device_tables, token_ids, where
+        self._cache, self._slots, sampled = self._prefill(self._leaves, *args)
+        return sampled
+
+    def _launch_decode(self, active: Array, count: Array) -> Sampled:
+        args = self._cache, self._slots, self._device_tables, active, count
+        self._cache, self._slots, sampled = self._decode(self._leaves, *args)
+        return sampled
+
+    def _set_pages(self, pages: Sequence[tuple[int, int, int]]) -> None:
+        changed = False
+        for slot, index, page in pages:
+            changed |= bool(self._tables[slot, index] != page)
+            self._tables[slot, index] = page
+        if changed:
+            # a copy: the step may still read the array when the next page is written
+            self._device_tables = jnp.array(self._tables)
+
+
+def _idle_slots(num_slots: int, vocab_size: int) -> Slots:
+    row = sampling_row(SamplingParams(), vocab_size, (), (), 0)
+    batch = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (num_slots, *np.shape(x))).copy(), row)
+    return Slots(jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.int32), batch)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled steps in a directory of the user's own, unless JAX was already told where."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = root / "jaxmoe" / "xla"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,1 @@
+"""Tools beside the product, run as `python -m tools.NAME`."""
