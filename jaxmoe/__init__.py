@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from jaxmoe.config import EngineConfig
-    from jaxmoe.engine import EngineStats, QueueFull
     from jaxmoe.llm import LLM, Event, GenerateResult, Generation, Timings
-    from jaxmoe.request import FinishReason, Request, RequestError, SamplingParams, TokenLogprobs
+    from jaxmoe.request import (
+        EngineStats,
+        EngineStopped,
+        FinishReason,
+        QueueFull,
+        Request,
+        RequestError,
+        SamplingParams,
+        TokenLogprobs,
+    )
 
 __all__ = [
     "LLM",
     "EngineConfig",
     "EngineStats",
+    "EngineStopped",
     "Event",
     "FinishReason",
     "GenerateResult",
@@ -32,14 +41,15 @@ __all__ = [
 
 _HOMES: Final = {
     "EngineConfig": "config",
-    "EngineStats": "engine",
-    "QueueFull": "engine",
     "LLM": "llm",
     "Event": "llm",
     "GenerateResult": "llm",
     "Generation": "llm",
     "Timings": "llm",
+    "EngineStats": "request",
+    "EngineStopped": "request",
     "FinishReason": "request",
+    "QueueFull": "request",
     "Request": "request",
     "RequestError": "request",
     "SamplingParams": "request",

@@ -23,8 +23,9 @@ _QUERY_ROWS = 32
 
 
 def query_tile(config: ModelConfig) -> int:
-    """Tokens that attend together: some 32 rows of G queries a kv head."""
-    return max(1, _QUERY_ROWS * config.num_kv_heads // config.num_heads)
+    """Tokens that attend together: a power of two, some 32 rows of G queries a kv head."""
+    fitting = max(1, _QUERY_ROWS * config.num_kv_heads // config.num_heads)
+    return 1 << (fitting.bit_length() - 1)
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +49,7 @@ class Rows:
 
 
 def rope_tables(config: ModelConfig, context_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [context_length, H/2] float32 of NEOX-style RoPE (Su et al., 2021), YaRN-scaled if asked."""
+    """Cosines and sines [context_length, H/2] float32 of NEOX-style RoPE (Su et al., 2021), and YaRN's."""
     half = config.head_dim // 2
     frequencies = config.rope_base ** (-np.arange(half, dtype=np.float64) / half)
     scale = 1.0
@@ -99,7 +100,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(self, x: Array, cache: KVCache, rows: Rows, layer: Array) -> tuple[Array, KVCache]:
-        """x [M, D], already normed -> attention output [M, D] and the cache with this step's keys and values."""
+        """x [M, D], already normed -> attention output [M, D], and the cache with this step's tokens."""
         with jax.named_scope("qkv"):
             q, k, v = (self._project(x, weight, rows, layer) for weight in (self.q, self.k, self.v))
         with jax.named_scope("qk_norm_rope"):
@@ -130,7 +131,7 @@ class Attention(nnx.Module):
 
 
 def attend(q: Array, cache: KVCache, rows: Rows, layer: Array) -> Array:
-    """Softmax attention of q [M, N, H] over the pages of each row's slot, up to its own position -> [M, N, H]."""
+    """Softmax attention of q [M, N, H] over each row's slot, up to the row's position -> [M, N, H]."""
 
     def tile(i: Array, out: Array) -> Array:
         members = rows.tile_rows[i]

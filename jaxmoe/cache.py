@@ -28,7 +28,8 @@ class KVCache:
     @staticmethod
     def page_size(config: ModelConfig, page_length: int, dtype: str) -> int:
         """Bytes of one page over all layers."""
-        return 2 * config.num_layers * page_length * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+        row_size = config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+        return 2 * config.num_layers * page_length * row_size
 
     @property
     def page_length(self) -> int:

@@ -193,19 +193,22 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _ControlMarks:
-    """Marks that stand for control tokens while a template renders; nobody outside can write one."""
+    """Marks that stand for control tokens while a template renders; nobody outside can write one.
+
+    A mark is 40 random digits and 8 of the token's id: whatever a template does to text (tojson, trim,
+    upper, escape, repr in an error) leaves digits alone.
+    """
 
     def __init__(self, control_tokens: Mapping[str, int]) -> None:
-        self._ids = control_tokens
         self._texts = {token_id: text for text, token_id in control_tokens.items()}
         longest_first = sorted(control_tokens, key=len, reverse=True)
         self._text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        # Digits between private-use characters pass tojson, trim and upper unchanged.
-        self._start = f"\ue000{secrets.randbits(128)}\ue001"
-        self._mark = re.compile(f"{self._start}([0-9]+)\ue002")
+        start = f"{secrets.randbelow(10**40):040}"
+        self._marks = {text: f"{start}{token_id:08}" for text, token_id in control_tokens.items()}
+        self._mark = re.compile(f"{start}([0-9]{{8}})")
 
     def mark(self, text: str) -> str:
-        return self._text.sub(lambda found: f"{self._start}{self._ids[found[0]]}\ue002", text)
+        return self._text.sub(lambda found: self._marks[found[0]], text)
 
     def unmark(self, text: str) -> str:
         return self._mark.sub(lambda found: self._texts[int(found[1])], text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Final
 
 from jaxmoe.gguf import GGUFError, GGUFFile
@@ -27,8 +28,8 @@ _YARN_KEYS: Final = (
     ("beta_fast", "yarn_beta_fast"),
     ("beta_slow", "yarn_beta_slow"),
     ("ext_factor", "yarn_ext_factor"),
-    ("attn_factor", "yarn_attn_factor"),
 )
+_ATTN_FACTOR_KEYS: Final = ("attn_factor", "yarn_attn_factor")
 _ENGINE_RANGES: Final = (
     ("num_slots", 1, 1 << 10),
     ("page_length", 1, 1 << 12),
@@ -70,7 +71,6 @@ class ModelConfig:
     norm_eps: float
     rope_base: float
     rope_scaling: RopeScaling | None
-    tied_output: bool
     name: str
 
     @staticmethod
@@ -85,7 +85,6 @@ class ModelConfig:
             norm_eps=file.get_float(f"{arch}.attention.layer_norm_rms_epsilon", low=1e-12, high=0.1),
             rope_base=file.get_float(f"{arch}.rope.freq_base", low=1.0, high=1e12),
             rope_scaling=_read_rope_scaling(file, arch),
-            tied_output="output.weight" not in file.tensors,
             name=file.get_str("general.name", default="") or file.path.stem,
         )
 
@@ -132,6 +131,9 @@ def _read_rope_scaling(file: GGUFFile, arch: str) -> RopeScaling | None:
     return RopeScaling(
         factor=file.get_float(f"{prefix}.factor", low=1.0, high=1e4),
         original_context_length=file.get_int(f"{prefix}.original_context_length", low=1, high=_MAX_CONTEXT),
+        attn_factor=prod(
+            file.get_float(f"{prefix}.{key}", low=0.0, high=1e4, default=1.0) for key in _ATTN_FACTOR_KEYS
+        ),
         **{name: file.get_float(f"{prefix}.{key}", low=0.0, high=1e4) for name, key in given.items()},
     )
 

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import jax
+
+from jaxmoe.cache import KVCache
+from jaxmoe.config import EngineConfig, ModelConfig
+from jaxmoe.gguf import GGUFFile
 from jaxmoe.request import (
+    Decode,
     EngineStats,
     EngineStopped,
     FinishReason,
+    Prefill,
     QueueFull,
     Request,
     RequestError,
     SampledToken,
     SamplingParams,
+    Step,
 )
-from jaxmoe.scheduler import Decode, Prefill, Scheduler, Step, Stream
+from jaxmoe.scheduler import Scheduler, Stream
+from jaxmoe.step import Shapes, Steps, use_compilation_cache
+from jaxmoe.weights import device_weights_size, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -318,3 +330,92 @@ class Engine:
         )
         with self._inbox:
             self._stats = stats
+
+
+_CPU_CACHE_SIZE = 1 << 30
+_GPU_WORKSPACE_SIZE = 2 << 30
+
+
+def load_engine(
+    file: GGUFFile,
+    config: ModelConfig,
+    engine_config: EngineConfig,
+    *,
+    eos_ids: frozenset[int],
+    after_step: Callable[[], None],
+    progress: Callable[[str, float], None],
+) -> Engine:
+    """Load the weights, compile and warm every step, and start an engine on them.
+
+    `progress` gets a phase, "loading" or "compiling", and the share of it that is done, 0..1. Raises
+    GGUFError for a file that cannot be this model and ValueError where memory does not suffice, with
+    both sizes in bytes.
+    """
+    if engine_config.compilation_cache:
+        use_compilation_cache()
+    shapes = plan_shapes(
+        config,
+        engine_config,
+        weights_size=device_weights_size(file, config),
+        memory_size=_memory_size(),
+        on_cpu=jax.default_backend() == "cpu",
+    )
+    model = load_model(
+        file,
+        config,
+        context_length=shapes.context_length,
+        progress=lambda share: progress("loading", share),
+        show_bar=sys.stderr.isatty(),
+    )
+    steps = Steps(model, config, shapes)
+    steps.warm(lambda share: progress("compiling", share))
+    engine = Engine(
+        steps,
+        eos_ids=eos_ids,
+        prefill_chunk=shapes.prefill_chunk,
+        max_waiting=engine_config.max_waiting,
+        after_step=after_step,
+    )
+    engine.start()
+    return engine
+
+
+def plan_shapes(
+    config: ModelConfig, engine_config: EngineConfig, *, weights_size: int, memory_size: int, on_cpu: bool
+) -> Shapes:
+    """Share the device's memory (sizes in bytes) between weights and cache.
+
+    Without a cache size, the cache takes 1 GiB on a CPU, and on a GPU what weights and workspace leave, but
+    never more than all slots can fill. Raises ValueError where something does not fit.
+    """
+    if weights_size > memory_size:
+        raise ValueError(f"the weights take {weights_size} bytes, the device has {memory_size}")
+    page_length = engine_config.page_length
+    dtype = engine_config.cache_dtype or ("float32" if on_cpu else "bfloat16")
+    page_size = KVCache.page_size(config, page_length, dtype)
+    left = memory_size - weights_size
+    cache_size = engine_config.cache_size or (_CPU_CACHE_SIZE if on_cpu else left - _GPU_WORKSPACE_SIZE)
+    if cache_size > left or cache_size < page_size:
+        raise ValueError(
+            f"cache_size must be between {page_size} (one page) and {left} (what the weights leave) bytes, "
+            f"got {cache_size}"
+        )
+    context_length = min(config.context_length, engine_config.context_length or config.context_length)
+    pages_a_slot = -(-context_length // page_length)
+    num_pages = min(cache_size // page_size, engine_config.num_slots * pages_a_slot)
+    return Shapes(
+        num_slots=engine_config.num_slots,
+        num_pages=num_pages,
+        page_length=page_length,
+        context_length=min(context_length, num_pages * page_length),
+        prefill_chunk=engine_config.prefill_chunk,
+        cache_dtype=dtype,
+    )
+
+
+def _memory_size() -> int:
+    """Bytes of the device's memory that JAX may use; of the machine's where the device is the CPU."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

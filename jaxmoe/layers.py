@@ -35,26 +35,23 @@ def num_tiles(num_rows: Array | int) -> Array:
     return lax.div(jnp.asarray(num_rows, jnp.int32) + (ROW_TILE - 1), jnp.int32(ROW_TILE))
 
 
-def by_row_tiles(
-    function: Callable[..., Any], out: Any, rows: Sequence[Array], num_rows: Array | int, tile: int = ROW_TILE
-) -> Any:
-    """Apply `function` to `tile` rows at a time: (tiles of `rows`) -> a pytree like `out`, [tile, ...] each.
+def by_row_tiles(function: Callable[..., Any], out: Any, rows: Sequence[Array], num_rows: Array | int) -> Any:
+    """Apply `function` to ROW_TILE rows at a time: (tiles of `rows`) -> a pytree like `out`.
 
-    `rows` are [M, ...] with M a multiple of `tile`; tiles past `num_rows` keep what `out` holds.
+    `rows` and `out` are [M, ...] with M a multiple of ROW_TILE; tiles past `num_rows` keep what `out` holds.
     """
 
     def body(i: Array, out: Any) -> Any:
-        start = i * tile
-        tiles = [lax.dynamic_slice_in_dim(x, start, tile) for x in rows]
-        return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, y, start, 0), out, function(*tiles))
+        start = i * ROW_TILE
+        results = function(*(lax.dynamic_slice_in_dim(x, start, ROW_TILE) for x in rows))
+        return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, y, start, 0), out, results)
 
-    count = lax.div(jnp.asarray(num_rows, jnp.int32) + (tile - 1), jnp.int32(tile))
-    return lax.fori_loop(0, count, body, out)
+    return lax.fori_loop(0, num_tiles(num_rows), body, out)
 
 
-def padded_rows(x: Array, tile: int = ROW_TILE) -> Array:
-    """`x` [M, ...] with zero rows up to a multiple of `tile`."""
-    missing = -x.shape[0] % tile
+def padded_rows(x: Array) -> Array:
+    """`x` [M, ...] with zero rows up to a multiple of ROW_TILE."""
+    missing = -x.shape[0] % ROW_TILE
     return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
 
 
@@ -212,7 +209,7 @@ def tile_product(x: Sequence[Array], values: Sequence[Array], w: QuantTensor) ->
 
 
 def matmul(x: Array, w: QuantTensor, index: Index, num_rows: Array | int) -> Array:
-    """x [M, K] @ the matrix at `index` of `w` -> [M, N] float32, for the first `num_rows` rows; others are 0."""
+    """x [M, K] times the matrix at `index` of `w` -> [M, N] float32; rows past `num_rows` are 0."""
     num_columns = w.shape[-1 if w.layout == "columns" else -2]
     width = column_tile(num_columns)
     parts = halves(x, w)

@@ -15,11 +15,18 @@ from typing import TYPE_CHECKING, Any, Final
 from jaxmoe.chat import ChatTemplate
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFError, GGUFFile, read_gguf
-from jaxmoe.request import FinishReason, Request, RequestError, SamplingParams, TokenLogprobs
+from jaxmoe.request import (
+    EngineStats,
+    FinishReason,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenLogprobs,
+)
 from jaxmoe.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from jaxmoe.engine import Engine, EngineStats
+    from jaxmoe.engine import Engine
 
 Loop = asyncio.AbstractEventLoop
 
@@ -259,11 +266,11 @@ class Generation:
         for request_id in tuple(self._request_ids):
             self._engine.cancel(request_id)
 
-    async def next_events(self, timeout: float | None = None) -> list[Event]:
-        """Every event that has arrived; waits for one, at most `timeout` seconds, after which it is []."""
+    async def next_events(self, seconds: float | None = None) -> list[Event]:
+        """Every event that has arrived; waits for the first, and gives [] after `seconds` without any."""
         assert not self.finished, "every event was taken out"
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 while not self._mailbox:
                     self._ready.clear()
                     await self._ready.wait()
@@ -329,7 +336,7 @@ class LLM:
         self.config = ModelConfig.from_gguf(file)
         self.tokenizer = Tokenizer.from_gguf(file)
         self.sampling_defaults = _read_sampling_defaults(file)
-        self._template = _read_template(file, self.tokenizer)
+        self._template = ChatTemplate.from_gguf(file, self.tokenizer)
         self._fresh: dict[Generation, None] = {}
         # Imported here: until a model is loaded nothing needs JAX, which takes seconds to import.
         from jaxmoe.engine import load_engine
@@ -352,9 +359,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Stop the engine; what still runs ends as cancelled."""
-        self._engine.stop()
+    def close(self, seconds: float = 10.0) -> bool:
+        """Stop the engine; what still runs ends as cancelled. False if `seconds` were not enough."""
+        return self._engine.stop(seconds)
 
     @property
     def context_length(self) -> int:
@@ -388,10 +395,9 @@ class LLM:
         self, messages: list[dict[str, Any]], *, enable_thinking: bool | None = None
     ) -> list[int]:
         """Ids of a conversation in the file's own template, ready for the assistant's answer."""
-        if self._template is None:
-            raise RequestError("the model file has no chat template: use /v1/completions", param="messages")
-        switches = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        return self._template.encode(messages, **switches)
+        if enable_thinking is None:
+            return self._template.encode(messages)
+        return self._template.encode(messages, enable_thinking=enable_thinking)
 
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, loop: Loop, n: int = 1
@@ -401,7 +407,7 @@ class LLM:
         Raises RequestError for a prompt or parameters that this model cannot honour, QueueFull when too
         many requests wait.
         """
-        ids, params = self._check(prompt_ids, params)
+        ids, params = tuple(prompt_ids), self._bounded(params)
         generation = Generation(ids, num_choices=n, engine=self._engine, loop=loop)
         try:
             for index in range(n):
@@ -422,7 +428,7 @@ class LLM:
 
         Raises RequestError as `submit` does, RuntimeError when the engine fails.
         """
-        ids, params = self._check(prompt_ids, params or SamplingParams())
+        ids, params = tuple(prompt_ids), self._bounded(params or SamplingParams())
         events: SimpleQueue[Event] = SimpleQueue()
         transcript = self._transcript(params, events.put)
 
@@ -437,21 +443,9 @@ class LLM:
         finally:
             self._engine.cancel(request_id)
 
-    def _check(
-        self, prompt_ids: Sequence[int], params: SamplingParams
-    ) -> tuple[tuple[int, ...], SamplingParams]:
-        """The prompt and parameters as the engine takes them: every bound known, max_tokens set."""
-        ids = tuple(prompt_ids)
-        if not ids:
-            raise RequestError("the prompt is empty", param="prompt")
-        for param, some_ids in (("prompt", ids), ("logit_bias", tuple(params.logit_bias))):
-            _check_ids(some_ids, self.vocab_size, param)
-        room = self.context_length - len(ids)
-        wanted = params.max_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            raise _context_error(self.context_length, len(ids), wanted)
-        top_k = params.top_k if params.top_k < self.vocab_size else 0
-        return ids, replace(params, max_tokens=wanted or room, top_k=top_k)
+    def _bounded(self, params: SamplingParams) -> SamplingParams:
+        """The same parameters in the device's range: a top_k of the whole vocabulary or more is none."""
+        return replace(params, top_k=0) if params.top_k >= self.vocab_size else params
 
     def _transcript(
         self, params: SamplingParams, emit: Callable[[Event], None], index: int = 0
@@ -469,7 +463,6 @@ class LLM:
 
         def finish(reason: FinishReason, error: str | None) -> None:
             generation._finish(transcript, reason, error)
-            self._wake_loops()  # a request that ends in the queue may see no step
 
         transcript = self._transcript(params, emit, index)
         return Request(generation.prompt_ids, params, take_token, transcript.on_logprobs, finish)
@@ -517,23 +510,6 @@ def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
     return replace(params, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
 
 
-def _check_ids(ids: tuple[int, ...], vocab_size: int, param: str) -> None:
-    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
-        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
-        raise RequestError(
-            f"{param} has token id {wrong}, the vocabulary's are 0 to {vocab_size - 1}", param=param
-        )
-
-
-def _context_error(context_length: int, prompt_length: int, max_tokens: int | None) -> RequestError:
-    wanted = "" if max_tokens is None else f" and {max_tokens} are to be generated"
-    return RequestError(
-        f"the context holds {context_length} tokens, but the prompt has {prompt_length}{wanted}",
-        param="prompt" if prompt_length >= context_length else "max_tokens",
-        code="context_length_exceeded",
-    )
-
-
 def _read_sampling_defaults(file: GGUFFile) -> Mapping[str, float]:
     """The sampling parameters that the file recommends, by SamplingParams' names."""
     found: dict[str, float] = {}
@@ -548,9 +524,3 @@ def _read_sampling_defaults(file: GGUFFile) -> Mapping[str, float]:
             raise GGUFError(file.path, None, f"'{key}': {error}") from error
         found[name] = value
     return MappingProxyType(found)
-
-
-def _read_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
-    if "tokenizer.chat_template" not in file.metadata:
-        return None
-    return ChatTemplate.from_gguf(file, tokenizer)

@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
         self.config = config
 
     def __call__(self, token_ids: Array, cache: KVCache, rows: Rows) -> tuple[Array, KVCache]:
-        """token_ids [M] -> hidden states [M, D] before the final norm, and the cache with this step's tokens."""
+        """token_ids [M] -> hidden states [M, D] before the final norm, and the cache that now has them."""
         with jax.named_scope("embedding"):
             x = self.embedding(token_ids)
 

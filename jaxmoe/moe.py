@@ -71,7 +71,8 @@ def group_by_expert(ids: Array, num_rows: Array, num_experts: int) -> Groups:
     places = jnp.zeros(flat.size, jnp.int32).at[order].set(place).reshape(ids.shape)
     (present,) = jnp.nonzero(counts > 0, size=min(num_experts, flat.size), fill_value=0)
     present = present.astype(jnp.int32)
-    return Groups(rows, places, present, first_tiles[present], tiles[present], jnp.sum(counts > 0, dtype=jnp.int32))
+    num_present = jnp.sum(counts > 0, dtype=jnp.int32)
+    return Groups(rows, places, present, first_tiles[present], tiles[present], num_present)
 
 
 def grouped_matmul(

@@ -118,9 +118,7 @@ def _check_range(
     inside = isfinite(value) and (low < value if low_open else low <= value) and value <= high
     if not inside:
         lower = f"more than {low:g}" if low_open else f"at least {low:g}"
-        raise RequestError(
-            f"{name} must be {lower} and at most {high:g}, got {value:g}", param=param or name
-        )
+        raise RequestError(f"{name} must be {lower} and at most {high:g}, got {value:g}", param=param or name)
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,35 @@ class EngineStats:
     waiting: int
     free_pages: int
     total_pages: int
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Put one chunk of a slot's tokens into the cache.
+
+    `start` is the position of the chunk's first token, `pages` are all page ids of the slot, in
+    order. With `is_last` the step also samples the slot's next token.
+    """
+
+    slot: int
+    token_ids: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Feed each slot (ascending) the token it sampled last, and sample its next one.
+
+    `new_pages` are (slot, index in the slot's page table, page id), of these slots only.
+    """
+
+    slots: tuple[int, ...]
+    new_pages: tuple[tuple[int, int, int], ...]
+
+
+Step = Prefill | Decode
 
 
 def _ignore_logprobs(_: TokenLogprobs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -16,9 +17,9 @@ from jaxmoe.request import MAX_TOP_LOGPROBS
 class SamplingRow:
     """One slot's sampling parameters and history; a batch has a leading slot axis.
 
-    `temperature` .. `repetition_penalty` are float32, `top_k` int32 (0: off), `seed` uint32[2], `step` int32 (ids
-    sampled so far), `bias` [V] float32, `counts` [V] int32 (how often each id was sampled), `in_prompt` [V] bool,
-    `wants_logprobs` bool.
+    `temperature` to `repetition_penalty` are float32, `top_k` int32 (0: off), `seed` uint32[2], `step` int32
+    (ids sampled so far), `bias` [V] float32, `counts` [V] int32 (how often each id was sampled), `in_prompt`
+    [V] bool, `wants_logprobs` bool.
     """
 
     temperature: Array
@@ -100,7 +101,7 @@ def _keep_top_k(logits: Array, top_k: Array) -> Array:
 
 
 def _keep_nucleus(logits: Array, top_p: Array, min_p: Array) -> Array:
-    """-inf outside the smallest set of top_p probability (Holtzman et al., 2020), and below min_p of the best."""
+    """-inf outside the smallest set of top_p probability (Holtzman et al., 2020), or below min_p."""
     shares = jnp.exp(logits - jnp.max(logits))
     order = _ordered_bits(shares)
     wanted = top_p * jnp.sum(shares)
@@ -117,9 +118,8 @@ def _ordered_bits(x: Array) -> Array:
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest(holds: object) -> Array:
+def _largest(holds: Callable[[Array], Array]) -> Array:
     """The largest uint32 for which `holds`, which is true up to some threshold; found bit by bit."""
-    assert callable(holds)
 
     def bit(i: Array, found: Array) -> Array:
         tried = found | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))

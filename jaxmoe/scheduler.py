@@ -13,36 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxmoe.pages import PageTable
-from jaxmoe.request import Request
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """Put one chunk of a slot's tokens into the cache.
-
-    `start` is the position of the chunk's first token, `pages` are all page ids of the slot, in
-    order. With `is_last` the step also samples the slot's next token.
-    """
-
-    slot: int
-    token_ids: tuple[int, ...]
-    start: int
-    pages: tuple[int, ...]
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Feed each slot (ascending) the token it sampled last, and sample its next one.
-
-    `new_pages` are (slot, index in the slot's page table, page id), of these slots only.
-    """
-
-    slots: tuple[int, ...]
-    new_pages: tuple[tuple[int, int, int], ...]
-
-
-Step = Prefill | Decode
+from jaxmoe.request import Decode, Prefill, Request, Step
 
 
 @dataclass(eq=False)
@@ -234,12 +205,9 @@ class Scheduler:
         return stream
 
     def _has_room(self, stream: Stream) -> bool:
-        held = self._held()
-        if any(other.state == "preempted" for other in held):
-            return False  # it is older, and about to wait in front
         # A page for each stream that will still grow: else the newcomer would be preempted at once
         # and its prefill lost. When none runs, every page is free, and add() saw that it fits.
-        num_growing = sum(self._will_grow(other) for other in held)
+        num_growing = sum(self._will_grow(other) for other in self._held())
         return self._table.num_pages_for(_admission_length(stream)) + num_growing <= self._table.num_free
 
     def _will_grow(self, stream: Stream) -> bool:
@@ -287,7 +255,7 @@ class Scheduler:
         # By id, which puts it in front: whoever waits without having run is younger.
         stream.state = "waiting"
         stream.num_prefilled = 0
-        stream.num_launched = len(stream.generated_ids)
+        assert stream.num_launched == len(stream.generated_ids), "a token was read and not recorded"
         insort(self._waiting, stream, key=_arrival)
 
 

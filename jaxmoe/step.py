@@ -20,17 +20,17 @@ from jaxmoe.cache import KVCache
 from jaxmoe.config import ModelConfig
 from jaxmoe.layers import ROW_TILE
 from jaxmoe.model import Decoder
-from jaxmoe.request import SampledToken, SamplingParams, TokenLogprobs
+from jaxmoe.request import Decode, Prefill, SampledToken, SamplingParams, TokenLogprobs
 from jaxmoe.sampling import Sampled, SamplingRow, sample
-from jaxmoe.scheduler import Decode, Prefill
 
 _SMALLEST_PREFILL = 64
+_FLOAT_PARAMS = ("top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """What the device remembers of each slot [B]: the id it feeds next, that id's position, its sampling row."""
+    """What the device knows of each slot [B]: the id to feed next, its position, the sampling row."""
 
     token_ids: Array
     positions: Array
@@ -47,6 +47,10 @@ class Shapes:
     context_length: int
     prefill_chunk: int
     cache_dtype: str
+
+    def __post_init__(self) -> None:
+        if SEGMENT_LENGTH % self.page_length:
+            raise ValueError(f"page_length must divide {SEGMENT_LENGTH}, got {self.page_length}")
 
     @property
     def table_length(self) -> int:
@@ -152,7 +156,11 @@ def admit(slots: Slots, slot: Array, row: SamplingRow) -> Slots:
 
 
 def sampling_row(
-    params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int], generated_ids: Sequence[int], seed: int
+    params: SamplingParams,
+    vocab_size: int,
+    prompt_ids: Sequence[int],
+    generated_ids: Sequence[int],
+    seed: int,
 ) -> SamplingRow:
     """A request's sampling row, as numpy arrays."""
     bias = np.zeros(vocab_size, np.float32)
@@ -163,21 +171,13 @@ def sampling_row(
     counts = np.bincount(np.asarray(generated_ids, np.int64), minlength=vocab_size).astype(np.int32)
     # one candidate leaves nothing to draw
     greedy = params.top_k == 1
-    return SamplingRow(
-        temperature=np.float32(0 if greedy else params.temperature),
-        top_p=np.float32(params.top_p),
-        min_p=np.float32(params.min_p),
-        frequency_penalty=np.float32(params.frequency_penalty),
-        presence_penalty=np.float32(params.presence_penalty),
-        repetition_penalty=np.float32(params.repetition_penalty),
-        top_k=np.int32(max(0, params.top_k)),
-        seed=np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
-        step=np.int32(len(generated_ids)),
-        bias=bias,
-        counts=counts,
-        in_prompt=in_prompt,
-        wants_logprobs=np.bool_(params.logprobs is not None),
-    )
+    row: dict[str, Any] = {name: np.float32(getattr(params, name)) for name in _FLOAT_PARAMS}
+    row["temperature"] = np.float32(0 if greedy else params.temperature)
+    row["top_k"] = np.int32(max(0, params.top_k))
+    row["seed"] = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+    row["step"] = np.int32(len(generated_ids))
+    row["wants_logprobs"] = np.bool_(params.logprobs is not None)
+    return SamplingRow(**row, bias=bias, counts=counts, in_prompt=in_prompt)
 
 
 class PendingTokens:
@@ -218,8 +218,6 @@ class Steps:
     """
 
     def __init__(self, model: Decoder, config: ModelConfig, shapes: Shapes) -> None:
-        if SEGMENT_LENGTH % shapes.page_length:
-            raise ValueError(f"page_length must divide {SEGMENT_LENGTH}, got {shapes.page_length}")
         self.config = config
         self.shapes = shapes
         self.num_slots = shapes.num_slots
@@ -230,7 +228,7 @@ class Steps:
         graph, state = nnx.split(model)
         self._leaves, tree = jax.tree.flatten(state)
 
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        def compiled(function: Callable[..., Any]) -> Any:
             def call(leaves: list[Array], *args: Any) -> Any:
                 return function(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), *args)
 
@@ -240,7 +238,7 @@ class Steps:
 
         self._prefill = compiled(prefill)
         self._decode = compiled(decode)
-        self._admit = jax.jit(admit, donate_argnums=0)
+        self._admit: Any = jax.jit(admit, donate_argnums=0)
         self.reset()
 
     def reset(self) -> None:
@@ -291,8 +289,8 @@ class Steps:
         self._slots = self._admit(self._slots, np.int32(slot), row)
         self._num_logprobs[slot] = params.logprobs
 
-    def prefill(self, step: Prefill) -> PendingTokens | None:
-        """Launch one chunk; tokens come back from the last chunk only."""
+    def prefill(self, step: Prefill) -> PendingTokens:
+        """Launch one chunk; only the last one of a prompt has a token to read."""
         count = len(step.token_ids)
         bucket = next(size for size in self.shapes.prefill_buckets if size >= count)
         token_ids = np.zeros(bucket, np.int32)
@@ -300,7 +298,7 @@ class Steps:
         self._set_pages([(step.slot, i, page) for i, page in enumerate(step.pages)])
         where = np.array([step.slot, step.start, count, step.is_last], np.int32)
         sampled = self._launch_prefill(token_ids, where)
-        return PendingTokens(sampled, [self._num_logprobs[step.slot]]) if step.is_last else None
+        return PendingTokens(sampled, [self._num_logprobs[step.slot]] if step.is_last else [])
 
     def decode(self, step: Decode) -> PendingTokens:
         """Launch one token for each slot of the step."""
@@ -342,7 +340,7 @@ def _idle_slots(num_slots: int, vocab_size: int) -> Slots:
 
 def use_compilation_cache() -> None:
     """Keep compiled steps in a directory of the user's own, unless JAX was already told where."""
-    if jax.config.jax_compilation_cache_dir:
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = root / "jaxmoe" / "xla"

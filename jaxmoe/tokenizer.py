@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -31,6 +30,11 @@ _END_TEXTS: Final = ("<|im_end|>", "<|endoftext|>")
 _END_KEYS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Bytes that no UTF-8 text holds; a vocabulary may do without them.
 _NEVER_IN_UTF8: Final = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
+# The proper beginnings of a character, at the end of bytes. Source: Unicode 16.0, table 3-7.
+_UNFINISHED: Final = re.compile(
+    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?"
+    rb"|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?|[\xf1-\xf3][\x80-\xbf]{0,2}|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z"
+)
 
 
 def _byte_alphabet() -> dict[int, int]:
@@ -150,17 +154,23 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
     def push(self, token_id: int) -> str:
         """The text that this id completes; "" while a character is unfinished."""
         if token_id in self._tokenizer.silent_ids:
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        held = self._held + self._tokenizer.token_bytes(token_id)
+        # Python's own incremental decoder keeps half a surrogate, which can become nothing.
+        unfinished = _UNFINISHED.search(held, max(0, len(held) - 3))
+        end = unfinished.start() if unfinished else len(held)
+        self._held = held[end:]
+        return held[:end].decode("utf-8", "replace")
 
     def finish(self) -> str:
         """What is left: U+FFFD for an unfinished character, else ""."""
-        return self._decoder.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
 
 
 def _read_name(file: GGUFFile, key: str, supported: Iterable[str]) -> str:

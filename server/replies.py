@@ -56,6 +56,7 @@ class Reply:
     Subclasses say how an endpoint spells a choice.
     """
 
+    id_prefix: str
     whole_object: str
     chunk_object: str
 
@@ -73,7 +74,7 @@ class Reply:
         self._generation = generation
         self._vocabulary = vocabulary
         self._request_id = request_id
-        self._identity = {"id": request_id, "created": created, "model": model}
+        self._identity = {"id": f"{self.id_prefix}-{request_id}", "created": created, "model": model}
         self._chunk_start = to_json({**self._identity, "object": self.chunk_object})[:-1] + ',"choices":['
         self._num_unfinished = generation.num_choices
         self._num_tokens = 0
@@ -159,6 +160,7 @@ class Reply:
 class ChatReply(Reply):
     """POST /v1/chat/completions."""
 
+    id_prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -211,6 +213,7 @@ class ChatReply(Reply):
 class CompletionReply(Reply):
     """POST /v1/completions."""
 
+    id_prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 

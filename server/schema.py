@@ -7,6 +7,7 @@ return_token_ids and chat_template_kwargs are vLLM's.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isinf
@@ -17,6 +18,7 @@ from jaxmoe import RequestError, SamplingParams
 
 MAX_BODY_SIZE: Final = 8 << 20
 MAX_DEPTH: Final = 64
+MAX_COMMAS: Final = 1 << 19
 MAX_MESSAGES: Final = 2048
 MAX_CHOICES: Final = 8
 MAX_TOP_LOGPROBS: Final = 20
@@ -38,12 +40,13 @@ _JSON_TYPES: Final = {
 class Body:
     """A checked request body.
 
-    `prompt` is a conversation, text or token ids; `sampling` holds the given fields by SamplingParams'
-    names; `names` maps those names to the client's own where they differ.
+    `prompt` is text or token ids, or else there are `messages`; `sampling` holds the given fields by
+    SamplingParams' names; `names` maps those names to the client's own where they differ.
     """
 
-    prompt: list[dict[str, Any]] | str | list[int]
     sampling: Mapping[str, Any]
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[int] = ""
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -57,7 +60,7 @@ class Body:
 
     def renamed(self, error: RequestError) -> RequestError:
         """The same error under the name that the client used for the field."""
-        if error.param not in self.names:
+        if error.param is None or error.param not in self.names:
             return error
         return RequestError(str(error), param=self.names[error.param], code=error.code)
 
@@ -75,9 +78,8 @@ def read_chat(raw: bytes) -> Body:
         sampling["max_tokens"] = fields["max_completion_tokens"]
         names["max_tokens"] = "max_completion_tokens"
     thinking = fields.get("chat_template_kwargs", {}).get("enable_thinking")
-    return Body(
-        _required(fields, "messages"), sampling, **_options(fields), enable_thinking=thinking, names=names
-    )
+    messages = _required(fields, "messages")
+    return Body(sampling, messages, **_options(fields), enable_thinking=thinking, names=names)
 
 
 def read_completion(raw: bytes) -> Body:
@@ -86,7 +88,7 @@ def read_completion(raw: bytes) -> Body:
     sampling = _sampling(fields)
     if "logprobs" in fields:
         sampling["logprobs"] = fields["logprobs"]
-    return Body(_required(fields, "prompt"), sampling, **_options(fields))
+    return Body(sampling, prompt=_required(fields, "prompt"), **_options(fields))
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -98,8 +100,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
-    if _is_too_deep(raw):
-        raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels")
+    _check_size(raw)
     fields = _decode(text)
     if not isinstance(fields, dict):
         raise RequestError(f"the body must be a JSON object, got {_JSON_TYPES[type(fields)]}")
@@ -125,13 +126,17 @@ def _decode(text: str) -> object:
         raise RequestError("the body holds an integer with too many digits") from None
 
 
-def _is_too_deep(raw: bytes) -> bool:
-    """Whether brackets outside of strings nest too deep; no recursion, so that no input can exhaust it."""
+def _check_size(raw: bytes) -> None:
+    """Refuse what would exhaust the parser's stack, or keep it from letting any other thread run."""
     outside = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    if outside.count(b",") > MAX_COMMAS:
+        raise RequestError(f"the body holds more than {MAX_COMMAS} values")
     brackets = outside.translate(_TO_SQUARE, _NO_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        brackets = brackets.replace(b"[]", b"")
-    return b"[]" in brackets or brackets.count(b"[") > MAX_DEPTH
+    depth = 0
+    while b"[]" in brackets and depth < MAX_DEPTH:
+        brackets, depth = brackets.replace(b"[]", b""), depth + 1
+    if b"[]" in brackets or brackets.count(b"[") > MAX_DEPTH:
+        raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels")
 
 
 _TO_SQUARE: Final = bytes.maketrans(b"{}", b"[]")
@@ -152,8 +157,8 @@ def _finite(text: str) -> float:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        repeated = counts.most_common(1)[0][0]
         raise RequestError(f"{repeated[:80]!r} is given twice", param=repeated[:80])
     return found
 
@@ -255,14 +260,15 @@ def _template_kwargs(value: Any, name: str) -> dict[str, bool]:
 
 
 def _prompt(value: Any, name: str) -> str | list[int]:
+    """One prompt, which may stand alone in a list, as OpenAI's clients for many prompts send it."""
+    if type(value) is list and value and type(value[0]) in (str, list):
+        if len(value) > 1:
+            raise RequestError(f"{name} must be one prompt, got {len(value)}", param=name)
+        value, name = value[0], f"{name}[0]"
     if type(value) is str:
         return value
     if type(value) is not list:
         raise _wrong(name, "a string or a list of token ids", value)
-    if value and type(value[0]) in (str, list):
-        if len(value) > 1:
-            raise RequestError(f"{name} must be one prompt, got {len(value)}", param=name)
-        return _prompt(value[0], f"{name}[0]")
     for i, token_id in enumerate(value):
         if type(token_id) is not int:
             raise _wrong(f"{name}[{i}]", "a token id", token_id)
@@ -291,29 +297,25 @@ def _message(value: Any, name: str) -> dict[str, Any]:
         raise RequestError(f"{name}.role must be one of {', '.join(_ROLES)}", param=f"{name}.role")
     if "content" not in given and role != "assistant":
         raise RequestError(f"{name}.content is missing", param=f"{name}.content")
-    message: dict[str, Any] = {"role": _ROLES[role], "content": _content(given, name)}
-    for key, check in _MESSAGE_FIELDS.items():
-        if key in given:
-            message[key] = check(given[key], f"{name}.{key}")
-    if "reasoning" in message:
-        message.setdefault("reasoning_content", message.pop("reasoning"))
-    return message
+    checked = {
+        key: check(given[key], f"{name}.{key}") for key, check in _MESSAGE_FIELDS.items() if key in given
+    }
+    return {**checked, "role": _ROLES[role]}
 
 
-def _content(message: dict[str, Any], name: str) -> str:
-    value, name = message.get("content", ""), f"{name}.content"
+def _content(value: Any, name: str) -> str | list[dict[str, Any]]:
     if type(value) is str:
         return value
     if type(value) is not list:
         raise _wrong(name, "a string or a list of text parts", value)
-    return "\n".join(_text_part(part, f"{name}[{i}]") for i, part in enumerate(value))
+    return [_text_part(part, f"{name}[{i}]") for i, part in enumerate(value)]
 
 
-def _text_part(value: Any, name: str) -> str:
+def _text_part(value: Any, name: str) -> dict[str, Any]:
     kind = _string(_object(value, name).get("type"), f"{name}.type")
     if kind != "text":
         raise RequestError(f"{name} is of type {kind[:40]!r}: only text is served", param=f"{name}.type")
-    return str(_string(value.get("text"), f"{name}.text"))
+    return {"type": kind, "text": _string(value.get("text"), f"{name}.text")}
 
 
 def _tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
@@ -322,24 +324,15 @@ def _tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
 
 def _tool_call(value: Any, name: str) -> dict[str, Any]:
     function = _object(_object(value, name).get("function"), f"{name}.function")
-    called = _string(function.get("name"), f"{name}.function.name")
     arguments = function.get("arguments")
-    if type(arguments) is str:
-        arguments = _parsed_arguments(arguments)
-    elif type(arguments) is not dict:
+    if type(arguments) not in (str, dict):
         raise _wrong(f"{name}.function.arguments", "a string of JSON or an object", arguments)
+    called = _string(function.get("name"), f"{name}.function.name")
     return {"type": "function", "function": {"name": called, "arguments": arguments}}
 
 
-def _parsed_arguments(text: str) -> dict[str, Any] | str:
-    """Templates want an object; what does not parse as one passes through as it is."""
-    try:
-        return parse_json(text.encode())
-    except RequestError:
-        return text
-
-
 _MESSAGE_FIELDS: Final[Mapping[str, Check]] = {
+    "content": _content,
     "name": _string,
     "reasoning": _string,
     "reasoning_content": _string,

@@ -1,8 +1,8 @@
 """Qwen3-MoE in float64 NumPy, written from the architecture's definition; it shares no code with jaxmoe.
 
-Sources: Qwen3 Technical Report (2025) and, for the details, the published architecture: pre-norm decoder with
-RMSNorm, grouped-query attention with a norm on each query and key head before NEOX-style RoPE, a router whose
-softmax over all experts is cut to the top ones and renormalised, SwiGLU experts, a final norm and an output matrix
+Sources: the Qwen3 Technical Report (2025) and the published architecture: a pre-norm decoder with RMSNorm,
+grouped-query attention with a norm on each query and key head before NEOX-style RoPE, a router whose softmax
+over all experts is cut to the top ones and renormalised, SwiGLU experts, a final norm, and an output matrix
 that may be the embedding. YaRN: Peng et al. (2023), with ggml's parameters.
 """
 
@@ -20,6 +20,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Past = dict[int, tuple[Floats, Floats]]  # keys and values [T, kv heads, width] by layer
 
 # what the goldens are recorded of: arguments of tools.synth_gguf.write_synthetic
 GOLDEN_VARIANTS: dict[str, dict[str, Any]] = {
@@ -29,7 +30,7 @@ GOLDEN_VARIANTS: dict[str, dict[str, Any]] = {
         "metadata": {
             "qwen3moe.rope.scaling.type": "yarn",
             "qwen3moe.rope.scaling.factor": 4.0,
-            "qwen3moe.rope.scaling.original_context_length": 64,
+            "qwen3moe.rope.scaling.original_context_length": 256,
         }
     },
 }
@@ -107,27 +108,31 @@ def rope_frequencies(keys: dict[str, Any], width: int) -> tuple[Floats, float]:
     return frequencies / factor * (1 - kept) + frequencies * kept, magnitude
 
 
-def rotate(x: Floats, keys: dict[str, Any]) -> Floats:
-    """RoPE of [T, heads, width], the pairs being (i, i + width/2)."""
+def rotate(x: Floats, keys: dict[str, Any], start: int) -> Floats:
+    """RoPE of [T, heads, width] at positions from `start` on, the pairs being (i, i + width/2)."""
     frequencies, magnitude = rope_frequencies(keys, x.shape[-1])
-    angles = np.arange(len(x))[:, None, None] * frequencies
+    angles = (start + np.arange(len(x)))[:, None, None] * frequencies
     cosine, sine = np.cos(angles) * magnitude, np.sin(angles) * magnitude
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
 
 
-def attention(network: Network, layer: int, x: Floats) -> Floats:
-    """Causal grouped-query attention of [T, D], without the residual."""
+def attention(network: Network, layer: int, x: Floats, past: Past) -> Floats:
+    """Causal grouped-query attention of [T, D] to itself and to what is past, without the residual."""
     keys = network.keys
     length, width, eps = len(x), keys["attention.key_length"], keys["attention.layer_norm_rms_epsilon"]
     q, k, v = (
         (x @ network.of_layer(layer, name).T).reshape(length, -1, width)
         for name in ("attn_q", "attn_k", "attn_v")
     )
-    q = rotate(rms_norm(q, network.of_layer(layer, "attn_q_norm"), eps), keys)
-    k = rotate(rms_norm(k, network.of_layer(layer, "attn_k_norm"), eps), keys)
+    start = len(past[layer][0]) if layer in past else 0
+    q = rotate(rms_norm(q, network.of_layer(layer, "attn_q_norm"), eps), keys, start)
+    k = rotate(rms_norm(k, network.of_layer(layer, "attn_k_norm"), eps), keys, start)
+    if layer in past:
+        k, v = np.concatenate((past[layer][0], k)), np.concatenate((past[layer][1], v))
+    past[layer] = k, v
     heads_per_kv = keys["attention.head_count"] // keys["attention.head_count_kv"]
-    future = np.triu(np.ones((length, length), bool), 1)
+    future = np.arange(start + length) > start + np.arange(length)[:, None]
     out = np.empty_like(q)
     for head in range(keys["attention.head_count"]):
         kv_head = head // heads_per_kv
@@ -144,32 +149,35 @@ def experts(network: Network, layer: int, x: Floats) -> Floats:
     scores = softmax(x @ network.of_layer(layer, "ffn_gate_inp").T)
     chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : network.keys["expert_used_count"]]
     out = np.zeros_like(x)
-    for token, ids in enumerate(chosen):
-        total = scores[token, ids].sum()
-        for expert in ids:
-            gated = gate[expert] @ x[token]
-            hidden = gated / (1 + np.exp(-gated)) * (up[expert] @ x[token])
-            out[token] += scores[token, expert] / total * (down[expert] @ hidden)
+    for expert in np.unique(chosen):
+        tokens = np.flatnonzero((chosen == expert).any(axis=-1))
+        share = scores[tokens, expert] / np.take_along_axis(scores, chosen, axis=-1)[tokens].sum(axis=-1)
+        gated = x[tokens] @ gate[expert].T
+        hidden = gated / (1 + np.exp(-gated)) * (x[tokens] @ up[expert].T)
+        out[tokens] += share[:, None] * (hidden @ down[expert].T)
     return out
 
 
-def logits_of(network: Network, token_ids: Sequence[int]) -> Floats:
-    """Logits [T, V] after each of the tokens."""
+def logits_of(network: Network, token_ids: Sequence[int], past: Past | None = None) -> Floats:
+    """Logits [T, V] after each of the tokens; `past` has the keys and values of earlier ones, and grows."""
+    past = {} if past is None else past
     weights, eps = network.weights, network.keys["attention.layer_norm_rms_epsilon"]
     x = weights["token_embd.weight"][np.asarray(token_ids)]
     for layer in range(network.keys["block_count"]):
-        x = x + attention(network, layer, rms_norm(x, network.of_layer(layer, "attn_norm"), eps))
+        x = x + attention(network, layer, rms_norm(x, network.of_layer(layer, "attn_norm"), eps), past)
         x = x + experts(network, layer, rms_norm(x, network.of_layer(layer, "ffn_norm"), eps))
     x = rms_norm(x, weights["output_norm.weight"], eps)
     return x @ weights.get("output.weight", weights["token_embd.weight"]).T
 
 
 def greedy_of(network: Network, prompt_ids: Sequence[int], n: int) -> list[int]:
-    """The `n` likeliest ids in turn, end tokens included, by a full forward pass for each."""
-    ids = list(prompt_ids)
+    """The `n` likeliest ids in turn, end tokens included."""
+    past: Past = {}
+    new, ids = list(prompt_ids), []
     for _ in range(n):
-        ids.append(int(logits_of(network, ids)[-1].argmax()))
-    return ids[len(prompt_ids) :]
+        new = [int(logits_of(network, new, past)[-1].argmax())]
+        ids += new
+    return ids
 
 
 def reference_logits(path: str | PathLike[str], token_ids: Sequence[int]) -> Floats:

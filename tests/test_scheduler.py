@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 from fake_steps import FakeSteps, expected_ids
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.request import Request, SamplingParams
-from jaxmoe.scheduler import Decode, Prefill, Scheduler, Step, Stream
+from jaxmoe.request import Decode, Prefill, Request, SamplingParams, Step
+from jaxmoe.scheduler import Scheduler, Stream
 
 
 def make_scheduler(
@@ -67,16 +67,16 @@ def test_nothing_to_do_is_no_step() -> None:
 
 def test_a_prompt_goes_in_chunks_and_the_last_one_samples() -> None:
     scheduler = make_scheduler(prefill_chunk=8)
-    stream = add(scheduler, 0, 19, 2)
+    stream = add(scheduler, 0, 20, 2)
     steps = [scheduler.next_step() for _ in range(4)]
     prefills = [step for step in steps[:3] if isinstance(step, Prefill)]
     assert [(step.start, len(step.token_ids), step.is_last) for step in prefills] == [
         (0, 8, False),
         (8, 8, False),
-        (16, 3, True),
+        (16, 4, True),
     ]
     assert sum((step.token_ids for step in prefills), ()) == stream.request.prompt_ids
-    assert all(len(step.pages) == 5 for step in prefills)  # 19 prompt tokens and the next one
+    assert all(len(step.pages) == 6 for step in prefills)  # the prompt and the next token
     assert steps[3] == Decode((0,), ())
     assert scheduler.next_step() is None  # both tokens are launched, none is read
 
@@ -102,7 +102,7 @@ def test_a_request_decodes_beside_the_others_from_the_step_after_its_prefill() -
 def test_a_growing_stream_gets_one_page_at_each_page_boundary() -> None:
     scheduler = make_scheduler(page_length=4)
     add(scheduler, 0, 6, 8)
-    first = scheduler.next_step()
+    first = plan_and_read(scheduler)
     assert isinstance(first, Prefill)
     assert len(first.pages) == 2
     new_pages = [step.new_pages for step in run_out(scheduler) if isinstance(step, Decode)]
@@ -156,9 +156,9 @@ def test_admission_leaves_a_page_for_each_stream_that_still_grows() -> None:
     scheduler = make_scheduler(num_pages=4, page_length=4)
     growing = add(scheduler, 0, 4, 9)  # holds 2 of the 3 pages that it will need
     late = add(scheduler, 1, 4, 5)  # would take the last 2
-    plan_and_read(scheduler)
-    plan_and_read(scheduler)
-    assert (growing.state, late.state) == ("running", "waiting")
+    for _ in range(8):
+        plan_and_read(scheduler)
+        assert (growing.state, late.state) == ("running", "waiting")
     run_out(scheduler)
     assert len(late.generated_ids) == 5
 
@@ -185,16 +185,6 @@ def test_a_request_that_ends_in_the_queue_or_between_chunks_is_gone() -> None:
     assert scheduler.num_free_pages == 64
     run_out(scheduler)
     assert (first.generated_ids, second.generated_ids, len(third.generated_ids)) == ([], [], 3)
-
-
-def preemption_scene() -> tuple[Scheduler, Stream, Stream]:
-    """Two streams that decode, 4 pages of 4 tokens all taken, the older one at a page boundary."""
-    scheduler = make_scheduler(num_slots=3, num_pages=4, page_length=4)
-    old, new = add(scheduler, 0, 7, 9), add(scheduler, 1, 4, 9)
-    scheduler._table.grow(0, 0)
-    while old.cache_length < 8 or new.state == "waiting" or new.in_prefill:
-        plan_and_read(scheduler)
-    return scheduler, old, new
 
 
 def test_the_request_admitted_last_is_preempted_and_computed_again() -> None:
@@ -284,12 +274,13 @@ class Machine:
     def submit(self, prompt_length: int, max_tokens: int) -> None:
         self.streams.append(add(self.scheduler, len(self.streams), prompt_length, max_tokens))
 
-    def launch(self) -> None:
+    def launch(self) -> bool:
         step = self.scheduler.next_step()
         assert step or self.in_flight or self.scheduler.is_idle, "no step, nothing in flight, not idle"
         if step is not None:
             self.in_flight.append((step, self._run(step)))
         self.check_pages()
+        return step is not None
 
     def _run(self, step: Step) -> list[int]:
         if isinstance(step, Decode):
@@ -323,68 +314,75 @@ class Machine:
         assert len(owned) + table.num_free == self.steps.num_pages, "a page is lost"
         assert len(self.scheduler.running()) + self.scheduler.num_waiting == len(self.scheduler.unfinished())
 
-    def run_out(self) -> None:
-        for _ in range(20_000):
-            self.launch()
-            if not self.in_flight:
-                return
-            if len(self.in_flight) > 1 or self.scheduler.next_step is None:
-                self.read_one()
-                continue
-            following = self.scheduler.next_step()
-            if following is not None:
-                self.in_flight.append((following, self._run(following)))
-            self.read_one()
-        raise AssertionError("it never ends")
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of the property test: when it joins and when it is cancelled, in turns of the loop."""
+
+    joins_at: int
+    prompt_length: int
+    max_tokens: int
+    cancelled_at: int | None
 
 
-ACTIONS = st.one_of(
-    st.tuples(st.just("submit"), st.integers(1, 14), st.integers(1, 14)),
-    st.tuples(st.just("launch"), st.just(0), st.just(0)),
-    st.tuples(st.just("read"), st.just(0), st.just(0)),
-    st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
+ARRIVALS = st.lists(
+    st.builds(
+        Arrival,
+        joins_at=st.integers(0, 9),
+        prompt_length=st.integers(1, 14),
+        max_tokens=st.integers(1, 14),
+        cancelled_at=st.none() | st.none() | st.integers(0, 60),
+    ),
+    min_size=3,
+    max_size=12,
 )
 
 
-@settings(max_examples=300, deadline=None)
+def run_all(machine: Machine, arrivals: list[Arrival], *, lag: int) -> None:
+    """Launch a step a turn, and read each when `lag` more have been launched."""
+    for turn in range(5_000):
+        for arrival in arrivals:
+            if arrival.joins_at == turn:
+                machine.submit(arrival.prompt_length, arrival.max_tokens)
+        for stream, arrival in zip(machine.streams, arrivals, strict=False):
+            if turn == arrival.cancelled_at:
+                machine.scheduler.end(stream)
+        has_launched = machine.launch()
+        if machine.in_flight and (len(machine.in_flight) > lag or not has_launched):
+            machine.read_one()
+            machine.check_pages()
+        elif turn > 9 and not has_launched:
+            return
+    raise AssertionError("it never ends")
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    num_slots=st.integers(1, 4),
+    num_slots=st.integers(2, 5),
     page_length=st.integers(1, 5),
-    spare_pages=st.integers(0, 6),
+    spare_pages=st.integers(0, 3),
     prefill_chunk=st.integers(1, 8),
-    actions=st.lists(ACTIONS, max_size=60),
+    lag=st.integers(0, 2),
+    arrivals=ARRIVALS,
 )
 def test_nothing_is_lost_and_every_request_gets_its_tokens(
     num_slots: int,
     page_length: int,
     spare_pages: int,
     prefill_chunk: int,
-    actions: list[tuple[str, int, int]],
+    lag: int,
+    arrivals: list[Arrival],
 ) -> None:
     num_pages = -(-27 // page_length) + spare_pages  # the longest request alone: 14 + 14 - 1 tokens
-    machine = Machine(
-        FakeSteps(num_slots=num_slots, num_pages=num_pages, page_length=page_length),
-        make_scheduler(
-            num_slots=num_slots, num_pages=num_pages, page_length=page_length, prefill_chunk=prefill_chunk
-        ),
-    )
-    cancelled = set()
-    for action, first, second in actions:
-        if action == "submit":
-            machine.submit(first, second)
-        elif action == "launch" and len(machine.in_flight) < 2:
-            machine.launch()
-        elif action == "read" and machine.in_flight:
-            machine.read_one()
-        elif action == "cancel" and first < len(machine.streams):
-            cancelled.add(first)
-            machine.scheduler.end(machine.streams[first])
-        machine.check_pages()
-    machine.run_out()
+    sizes = {"num_slots": num_slots, "num_pages": num_pages, "page_length": page_length}
+    machine = Machine(FakeSteps(**sizes), make_scheduler(**sizes, prefill_chunk=prefill_chunk))
+    arrivals.sort(key=lambda arrival: arrival.joins_at)
+    run_all(machine, arrivals, lag=lag)
     assert (machine.scheduler.num_running, machine.scheduler.num_waiting) == (0, 0)
     assert machine.scheduler.num_free_pages == num_pages
-    for stream in machine.streams:
-        right = expected_ids(stream.request.prompt_ids, stream.max_tokens, seed=stream.seed)
+    for stream, arrival in zip(machine.streams, arrivals, strict=True):
         num = len(stream.generated_ids)
-        assert stream.generated_ids == right[:num]
-        assert num == stream.max_tokens or stream.request_id in cancelled
+        right = expected_ids(stream.request.prompt_ids, num, seed=stream.seed)
+        assert stream.generated_ids == right
+        assert num == stream.max_tokens or arrival.cancelled_at is not None
+    event(f"preempted: {len(machine.steps.admitted) > len(arrivals)}")

@@ -74,8 +74,12 @@ class Chunk:
 
 @dataclass
 class StreamRecord:
-    """Everything that arrived on one stream, filled while it arrives. Times in seconds since it was sent."""
+    """Everything that arrived on one stream, filled while it arrives.
 
+    `sent` is the client's clock when the request went out; all other times are seconds since then.
+    """
+
+    sent: float = 0.0
     chunks: list[Chunk] = field(default_factory=list)
     done: int = 0
     after_done: int = 0
@@ -205,7 +209,7 @@ class Client:
         record = StreamRecord() if record is None else record
         async with self._exchange("POST", ask.path, ask.body) as response:
             await response.expect_ok()
-            record.content_type = response.content_type
+            record.sent, record.content_type = response.sent, response.content_type
             frames = _Frames()
             async for at, piece in response.pieces():
                 for payload in frames.feed(piece):
@@ -256,7 +260,7 @@ class Client:
 class _Response:
     def __init__(self, reader: asyncio.StreamReader, sent: float, status: int, headers: Json) -> None:
         self._reader = reader
-        self._sent = sent
+        self.sent = sent
         self._headers = headers
         self.status = status
 
@@ -291,7 +295,7 @@ class _Response:
         decoder = self._decoder()
         while not decoder.done:
             raw = await self._reader.read(READ_SIZE)
-            at = perf_counter() - self._sent
+            at = perf_counter() - self.sent
             if not raw:
                 decoder.close()
                 return

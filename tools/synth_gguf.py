@@ -79,7 +79,7 @@ _LOGIT_STD: Final = 3.0
 _ROUTER_STD: Final = 1.5
 _BRANCH_STD: Final = 2.0  # what attention, and what the experts, add to the residual over all layers
 _QK_NORM: Final = 1.5  # sharp attention keeps greedy output from falling into a loop
-_COMPLETION: Final = 20.0
+_COMPLETION: Final = 30.0
 _POOL_SIZE: Final = 16 << 20
 _DRAWN_SIZE: Final = 2 << 20
 _OUTPUT: Final = "output.weight"
@@ -311,7 +311,7 @@ def random_blocks(rng: np.random.Generator, ggml_type: GGMLQuantizationType, std
     blocks = _random_codes(rng, ggml_type, len(std))
     _set_scales(rng, ggml_type, blocks)
     _set_factors(blocks, layout, np.ones(len(std), np.float32))
-    d = std / dequantize(blocks[:4096], ggml_type).std() * rng.uniform(0.7, 1.3, len(std))
+    d = std / dequantize(blocks[:4096], ggml_type).std() * rng.uniform(0.9, 1.1, len(std))
     if ggml_type in (GGMLQuantizationType.IQ4_NL, GGMLQuantizationType.IQ4_XS):
         d *= rng.choice([-1, 1], len(std))  # the code table's own mean is not zero
     _set_factors(blocks, layout, d)
@@ -388,7 +388,7 @@ class _Drawn:
         is_output = plan.name == _OUTPUT
         row_std = np.full(plan.num_rows, plan.spread, np.float32)
         if is_output:
-            row_std *= _token_scales(self.vocabulary)
+            row_std *= _token_scales(self.vocabulary, planted=plan.ggml_type in _QUANTISABLE)
         if plan.ggml_type not in _QUANTISABLE:
             block_std = np.repeat(row_std, plan.num_blocks // plan.num_rows)
             return random_blocks(self._rng(plan), plan.ggml_type, block_std).reshape(-1)
@@ -437,13 +437,14 @@ def _draw_norm(rng: np.random.Generator, plan: TensorPlan) -> Bytes:
     return _bytes(rng.uniform(low, high, plan.shape).astype(np.float32))
 
 
-def _token_scales(vocabulary: Vocabulary) -> Floats:
+def _token_scales(vocabulary: Vocabulary, *, planted: bool) -> Floats:
     """Large for tokens that are readable text, small for the rest, so that greedy output is text."""
     scales = np.full(len(vocabulary.tokens), 0.3, np.float32)
-    firsts = {first for first, _ in vocabulary.completions}
     for i, (token, token_type) in enumerate(zip(vocabulary.tokens, vocabulary.token_types, strict=True)):
-        if token_type == NORMAL and len(token) > 1 and (i in firsts or is_text(token)):
+        if token_type == NORMAL and len(token) > 1 and is_text(token):
             scales[i] = 1.0
+    if planted:
+        scales[[first for first, _ in vocabulary.completions]] = 1.3
     return scales
 
 

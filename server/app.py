@@ -1,0 +1,168 @@
+"""The ASGI app: routes, errors, access, and what must happen around every request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+from uuid import uuid4
+
+from quart import Quart, Response, request
+
+from server import lifetime
+from server.access import check_access
+from server.backend import Backend, Load, load_llm
+from server.errors import LOG, failure_of
+from server.routes import Call, Service, add_routes, json_response
+from server.schema import MAX_BODY_SIZE
+from server.settings import SettingError, Settings, read_settings
+
+# A failed start shows on /health for this long before the process ends.
+LINGER_SECONDS: Final = 1.0
+# The engine's thread and the event loop take turns; Python's 5 ms would be most of a token's time.
+SWITCH_SECONDS: Final = 0.0005
+
+Scope = dict[str, Any]
+Send = Callable[[Any], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def create_app(settings: Settings | None = None, *, load: Load = load_llm) -> Quart:
+    """The app; without `settings` they are read from the environment when it starts."""
+    app = Quart("server", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_SIZE
+    service = Service(settings or Settings(), Backend(load))
+    add_routes(app, service)
+    _add_checks(app, service)
+    _add_start_and_stop(app, service, read=settings is None)
+    app.asgi_app = _around_requests(app.asgi_app, service)  # type: ignore[assignment,method-assign]
+    return app
+
+
+def _add_checks(app: Quart, service: Service) -> None:
+    @app.before_request
+    async def check() -> None:
+        check_access(request, service.settings)
+
+    @app.errorhandler(Exception)
+    async def answer_error(error: Exception) -> Response:
+        failure = failure_of(error, _call().request_id)
+        return json_response(failure.body, failure.status, failure.headers)
+
+    @app.after_request
+    async def name_request(response: Response) -> Response:
+        response.headers["X-Request-Id"] = _call().request_id
+        return response
+
+
+def _call() -> Call:
+    call: Call = request.scope["jaxmoe.call"]  # type: ignore[typeddict-item]
+    return call
+
+
+def _add_start_and_stop(app: Quart, service: Service, *, read: bool) -> None:
+    tasks: set[asyncio.Task[None]] = set()
+
+    def stop() -> None:
+        service.backend.stop()
+        loop = asyncio.get_running_loop()
+        loop.call_later(service.settings.grace_seconds, _end_calls, service)
+
+    def fail() -> None:
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, lifetime.end_process, 1)
+
+    @app.before_serving
+    async def start() -> None:
+        _log_to_stderr()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        try:
+            service.settings = read_settings(os.environ) if read else service.settings
+            _check_workers()
+        except SettingError as error:
+            service.backend.fail(error)
+            fail()
+            return
+        grace_seconds = service.settings.grace_seconds
+        lifetime.raise_limits(grace_seconds)
+        tasks.add(asyncio.create_task(lifetime.watch(stop, grace_seconds)))
+        service.backend.start(service.settings, fail)
+
+    @app.after_serving
+    async def close() -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.to_thread(service.backend.close)
+
+
+def _check_workers() -> None:
+    if lifetime.num_workers() > 1:
+        raise SettingError("run one worker: each would load the model once more, and none would share it")
+
+
+def _end_calls(service: Service) -> None:
+    for call in tuple(service.calls):
+        call.cancel("the server is shutting down")
+
+
+def _log_to_stderr() -> None:
+    if not (LOG.handlers or logging.getLogger().handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s"))
+        LOG.addHandler(handler)
+        LOG.setLevel(logging.INFO)
+
+
+def _around_requests(inner: App, service: Service) -> App:
+    """The app with an end for every request: whatever happens inside, its generations end with it."""
+
+    async def app(scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] != "http":
+            return await inner(scope, receive, send)
+        call = Call(uuid4().hex)
+        scope["jaxmoe.call"] = call
+        service.calls.add(call)
+
+        async def heard() -> Any:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                # Quart cancels its handler too, but Python 3.11's wait_for may swallow that.
+                call.cancel()
+            return message
+
+        try:
+            await inner(scope, heard, _bounded(send, service.settings))
+        finally:
+            # A generator that never started runs no `finally` of its own.
+            call.cancel()
+            service.calls.discard(call)
+
+    return app
+
+
+def _bounded(send: Send, settings: Settings) -> Send:
+    """A send that waits for a slow client, and gives up on one that takes nothing."""
+    unsent_size = _unsent_size(send)
+
+    async def bounded(message: Any) -> None:
+        async with asyncio.timeout(settings.write_seconds):
+            await send(message)
+            while unsent_size() > settings.write_size:  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0.02)
+
+    return bounded
+
+
+def _unsent_size(send: Any) -> Callable[[], int]:
+    """Bytes that hypercorn holds for an HTTP/2 stream, whose own limit does not stop a writer.
+
+    Not public: where it is not as expected there is no such limit.
+    """
+    try:
+        http_stream = send.__self__
+        held = http_stream.send.__self__.stream_buffers[http_stream.stream_id]
+        return lambda: len(held.buffer)
+    except (AttributeError, KeyError, TypeError):
+        return lambda: 0

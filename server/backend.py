@@ -1,0 +1,110 @@
+"""The model behind the server: loaded in a thread, while /health says how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+from jaxmoe import LLM
+from server.errors import LOG, Failure
+from server.settings import SettingError, Settings
+
+Progress = Callable[[str, float], None]
+Load = Callable[[Settings, Progress], LLM]
+
+NO_MODEL = (
+    "no model is named: give the path of a GGUF file (JAXMOE_MODEL, or python -m server MODEL.gguf); "
+    "python -m tools.synth_gguf writes a small one to try"
+)
+
+
+def load_llm(settings: Settings, progress: Progress) -> LLM:
+    """Load the model that the settings name."""
+    if settings.model is None:
+        raise SettingError(NO_MODEL)
+    return LLM(settings.model, settings.engine, progress)
+
+
+class Backend:
+    """A model that is loading, served, stopping, or could not be loaded."""
+
+    def __init__(self, load: Load) -> None:
+        self.status: Literal["loading", "ok", "stopping", "error"] = "loading"
+        self.phase = "starting"
+        self.progress = 0.0
+        self.error: str | None = None
+        self._load = load
+        self._llm: LLM | None = None
+
+    @property
+    def llm(self) -> LLM:
+        """The model; raises Failure 503 while there is none to serve."""
+        if self.status == "ok" and self._llm is not None:
+            return self._llm
+        message = {
+            "stopping": "the server is shutting down",
+            "error": f"the server failed: {self.error}",
+        }.get(self.status, f"the model is not ready: {self.phase}, {self.progress:.0%}")
+        raise Failure(503, message, code="not_ready", headers={"Retry-After": "2"})
+
+    def start(self, settings: Settings, on_failure: Callable[[], None]) -> None:
+        """Load in a thread; `on_failure` is called on the event loop when that fails."""
+        loop = asyncio.get_running_loop()
+
+        def load() -> None:
+            try:
+                self._take(self._load(settings, self._report))
+            except _GivenUp:
+                return
+            except Exception as error:
+                self.fail(error)
+                loop.call_soon_threadsafe(on_failure)
+
+        threading.Thread(target=load, name="jaxmoe-load", daemon=True).start()
+
+    def fail(self, error: Exception) -> None:
+        """Nothing can be served any more; an error of the program itself is logged with its trace."""
+        is_ours = not isinstance(error, ValueError | OSError)
+        self.status, self.error = "error", str(error) or type(error).__name__
+        LOG.error("the server failed: %s", self.error, exc_info=error if is_ours else None)
+
+    def stop(self) -> None:
+        """Take no more requests and give up loading."""
+        if self.status in ("loading", "ok"):
+            self.status = "stopping"
+
+    def close(self) -> None:
+        """Stop the engine; blocks until its thread has ended."""
+        self.stop()
+        if self._llm is not None:
+            self._llm.close()
+
+    def health(self) -> dict[str, Any]:
+        """The body of GET /health."""
+        stats = {"running": 0, "waiting": 0, "free_pages": 0, "total_pages": 0}
+        if self._llm is not None:
+            stats = asdict(self._llm.stats())
+        error = {} if self.error is None else {"error": self.error}
+        return {"status": self.status, "phase": self.phase, "progress": self.progress, **stats, **error}
+
+    def _take(self, llm: LLM) -> None:
+        self._llm = llm
+        if self.status == "loading":
+            self.status, self.phase, self.progress = "ok", "ready", 1.0
+            LOG.info("%s is ready", llm.model_id)
+        else:
+            llm.close()
+
+    def _report(self, phase: str, progress: float) -> None:
+        if self.status != "loading":
+            raise _GivenUp
+        if phase != self.phase:
+            LOG.info("%s", phase)
+        self.phase, self.progress = phase, round(progress, 4)
+
+
+class _GivenUp(Exception):
+    """The server stops while its model loads."""

@@ -1,0 +1,171 @@
+"""The gates of qwen3-moe-streaming-sse-v1: a token on the wire before the next one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median, quantiles
+from typing import Any
+
+from tools.client import StreamRecord
+from tools.trial import NotRun, Trial
+
+Runs = Mapping[int, list[StreamRecord]]
+
+
+async def token_by_token(trial: Trial) -> str:
+    """V1_001: an event for each token before the next one is generated, then finish_reason and [DONE]."""
+    told = []
+    for prompt_tokens in trial.limits["prompt_tokens"]:
+        runs = await _timed_runs(trial, trial.target.text_of(prompt_tokens))
+        for length, records in runs.items():
+            for record in records:
+                _expect_terminal(trial, record)
+                _expect_ids(trial, record, length)
+                _expect_one_id_a_chunk(trial, record)
+        told.append(_expect_spread(trial, runs))
+    return "; ".join(told)
+
+
+async def _timed_runs(trial: Trial, prompt: str) -> Runs:
+    """Streams of each length in turn, so that a slower minute of the machine meets all lengths alike."""
+    lengths: list[int] = trial.limits["max_tokens"]
+    await trial.complete(prompt, max_tokens=1)
+    runs: dict[int, list[StreamRecord]] = {length: [] for length in lengths}
+    for seed in range(trial.scale.repeats):
+        for length in lengths:
+            record = await trial.stream(prompt, to_limit=True, max_tokens=length, temperature=1, seed=seed)
+            runs[length].append(record)
+    return runs
+
+
+def _expect_terminal(trial: Trial, record: StreamRecord) -> None:
+    ends = f"{record.done} [DONE], {record.after_done} events after it, finish_reasons {record.finish_reasons}"
+    trial.expect(record.done == 1 and record.after_done == 0, "done_is_last", ends)
+    trial.expect(record.finish_reasons in (["stop"], ["length"]), "one_finish_reason", ends)
+
+
+def _expect_ids(trial: Trial, record: StreamRecord, length: int) -> None:
+    ids = len(record.token_ids)
+    evidence = f"{ids} ids came, usage counts {record.completion_tokens}, {length} were asked for"
+    trial.expect(ids == record.completion_tokens == length, "ids_exact", evidence)
+
+
+def _expect_one_id_a_chunk(trial: Trial, record: StreamRecord) -> None:
+    """Several ids in a chunk are right only where an unfinished character was held back."""
+    groups = [chunk.token_ids for chunk in record.chunks if chunk.token_ids]
+    several = [group for group in groups if len(group) > 1]
+    if trial.target.vocabulary is None:
+        rightly = len(several) <= max(2, trial.limits["held_chunk_share"] * len(groups))
+    else:
+        rightly = trial.target.vocabulary.held_rightly(groups)
+    evidence = f"{len(several)} of {len(groups)} chunks carry several ids, not all for an unfinished character"
+    trial.expect(rightly, "one_id_a_chunk", evidence)
+
+
+def _expect_spread(trial: Trial, runs: Runs) -> str:
+    """The times: the first token does not wait for the rest, and the rest do not come in lumps."""
+    first = {length: median(record.ttft_ms for record in records) for length, records in runs.items()}
+    ratio = max(first.values()) / first[min(first)]
+    times = ", ".join(f"{ms:.1f} ms for {length}" for length, ms in first.items())
+    evidence = f"median time to the first token: {times} tokens"
+    trial.expect(ratio < trial.limits["first_token_ratio"], "first_token_does_not_grow", evidence)
+
+    share = max(median(map(_longest_gap_share, records)) for records in runs.values())
+    evidence += f"; longest gap {share:.3f} of the stream"
+    trial.expect(share <= trial.limits["longest_gap_share"], "no_long_gap", evidence)
+
+    spread = median(map(_median_over_mean_gap, runs[max(runs)]))
+    evidence += f"; median gap {spread:.2f} of the mean gap"
+    trial.expect(spread >= trial.limits["median_over_mean_gap"], "no_bursts", evidence)
+    return f"prompt of {runs[max(runs)][0].prompt_tokens} tokens: {evidence}"
+
+
+def _longest_gap_share(record: StreamRecord) -> float:
+    """The longest wait for one id, as a share of the stream from request to last event.
+
+    A chunk that carries k ids (an unfinished character was held) has waited for k tokens.
+    """
+    sizes = [max(1, len(chunk.token_ids)) for chunk in record.token_chunks[1:]]
+    waits = [gap / size for gap, size in zip(record.gaps_ms, sizes, strict=True)]
+    return max(waits, default=0.0) / (1000 * record.ended_at)
+
+
+def _median_over_mean_gap(record: StreamRecord) -> float:
+    gaps = record.gaps_ms or [0.0]
+    mean = sum(gaps) / len(gaps)
+    return median(gaps) / mean if mean else 0.0
+
+
+async def whole_response(trial: Trial) -> str:
+    """V1_002: stream=false is one JSON response whose text and ids equal the stream's."""
+    told = []
+    for prompt_tokens in trial.limits["prompt_tokens"]:
+        prompt = trial.target.text_of(prompt_tokens, salt=prompt_tokens)
+        for sampling in ({"temperature": 0}, {"temperature": 1, "seed": 11}):
+            asked = {"max_tokens": trial.limits["max_tokens"], **sampling}
+            record = await trial.stream(prompt, to_limit=True, **asked)
+            told.append(await _expect_same(trial, record, prompt, asked))
+    return f"text and ids equal for prompts of {', '.join(map(str, told))} tokens"
+
+
+async def _expect_same(
+    trial: Trial, record: StreamRecord, prompt: str, asked: dict[str, Any]
+) -> int | None:
+    reply = await trial.complete(prompt, to_limit=True, **asked)
+    kind = reply.content_type
+    trial.expect(kind == "application/json", "one_json_response", f"the content type is {kind}")
+    ids = len(reply.token_ids)
+    counted = f"{ids} ids came, usage counts {reply.completion_tokens}, the stream had {len(record.token_ids)}"
+    trial.expect(ids == reply.completion_tokens == len(record.token_ids), "holds_all_tokens", counted)
+    trial.expect(reply.token_ids == record.token_ids, "ids_equal_the_stream", "the ids differ")
+    texts = f"{reply.text[-40:]!r} against {record.text[-40:]!r} streamed"
+    trial.expect(reply.text == record.text, "text_equals_the_stream", texts)
+    return reply.prompt_tokens
+
+
+async def speed(trial: Trial) -> str:
+    """V1_003: the median time between tokens over HTTP."""
+    prompt = trial.target.text_of(trial.limits["prompt_tokens"])
+    tokens = trial.limits["max_tokens"]
+    await trial.complete(prompt, max_tokens=1)
+    records = [
+        await trial.stream(prompt, to_limit=True, max_tokens=tokens, temperature=1, seed=seed)
+        for seed in range(max(2, trial.scale.repeats // 2))
+    ]
+    gaps = [gap for record in records for gap in record.gaps_ms]
+    if len(gaps) < trial.limits["fewest_gaps"]:
+        raise NotRun(f"only {len(gaps)} gaps between tokens came; {trial.limits['fewest_gaps']} are needed")
+    return SPEEDS[trial.target.speed](trial, records, gaps)
+
+
+def _expect_near_the_engine(trial: Trial, records: list[StreamRecord], gaps: list[float]) -> str:
+    """Over HTTP as fast as the engine itself, plus a little.
+
+    The engine's median is that of predicted_ms / predicted_n over the same streams.
+    """
+    engine = [record.engine_ms for record in records if record.engine_ms is not None]
+    if not engine:
+        raise NotRun("the server lacks timings (predicted_ms, predicted_n) on the last chunk")
+    limit = median(engine) + trial.limits["tiny"]["over_engine_ms"]
+    evidence = f"median gap {median(gaps):.2f} ms, the engine's {median(engine):.2f} ms a token"
+    trial.expect(median(gaps) <= limit, "median_gap", f"{evidence}, the limit is {limit:.2f} ms")
+    return evidence
+
+
+def _expect_h200_speed(trial: Trial, records: list[StreamRecord], gaps: list[float]) -> str:
+    limits = trial.limits["h200_30b"]
+    p95 = quantiles(gaps, n=20)[-1]
+    evidence = f"median gap {median(gaps):.2f} ms, p95 {p95:.2f} ms over {len(records)} streams"
+    within = median(gaps) <= limits["median_ms"] and p95 <= limits["p95_over_median"] * median(gaps)
+    trial.expect(within, "median_gap", f"{evidence}, the limits are {limits}")
+    return evidence
+
+
+def _expect_seed_speed(trial: Trial, records: list[StreamRecord], gaps: list[float]) -> str:
+    limit = trial.limits["other"]["median_ms"]
+    evidence = f"median gap {median(gaps):.2f} ms over {len(records)} streams"
+    trial.expect(median(gaps) < limit, "median_gap", f"{evidence}, the limit is {limit} ms")
+    return evidence
+
+
+SPEEDS = {"tiny": _expect_near_the_engine, "h200_30b": _expect_h200_speed, "other": _expect_seed_speed}

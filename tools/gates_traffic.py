@@ -1,0 +1,177 @@
+"""Gates of qwen3-moe-serving-v1 about who is served: disconnects, slots, pages, streams side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from statistics import median
+
+from tools.client import ProtocolError, ServerError, StreamRecord
+from tools.target import Health
+from tools.trial import Crowd, GateFailed, NotRun, Trial
+
+MOST_STREAMS = 64
+CHUNK_LENGTH = 512  # tokens prefilled in one step
+SECONDS = 60.0
+
+
+async def disconnect_in_queue(trial: Trial) -> str:
+    """SERVING_003: a client that leaves while it waits leaves the queue, and nobody else notices."""
+    async with trial.crowd() as crowd:
+        victim, full = await _fill_until_one_waits(trial, crowd)
+        await crowd.disconnect(victim)
+        bound = trial.limits["steps"] * crowd.step_ms + trial.limits["allowance_ms"]
+        waited, health = await trial.freed_ms(lambda health: health.waiting == 0, bound)
+        evidence = f"{bound:.0f} ms after the client had gone: {health}"
+        trial.expect(health.waiting == 0, "queue_left", evidence)
+        await asyncio.sleep(0.1)
+        health = await trial.target.health()
+        trial.expect(health.running == full.running, "others_run_on", f"of {full.running} streams: {health}")
+    return f"out of the queue behind {full.running} streams after {waited:.1f} ms"
+
+
+async def _fill_until_one_waits(trial: Trial, crowd: Crowd) -> tuple[asyncio.Task[StreamRecord], Health]:
+    for count in range(1, MOST_STREAMS + 1):
+        task = crowd.open(trial.target.text_of(24, salt=count), to_limit=True, temperature=1, seed=count)
+        health = await _until(trial, count)
+        if health.waiting:
+            return task, health
+        await _first_token(crowd.records[-1], task)
+    raise NotRun(f"{MOST_STREAMS} streams ran at once and none had to wait")
+
+
+async def _until(trial: Trial, count: int) -> Health:
+    """/health once `count` requests are known to the engine. Raises TimeoutError."""
+    async with asyncio.timeout(SECONDS):
+        while (health := await trial.target.health()).running + health.waiting < count:
+            await asyncio.sleep(0.002)
+        return health
+
+
+async def _first_token(record: StreamRecord, task: asyncio.Task[StreamRecord]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not record.token_chunks and not task.done():
+            await asyncio.sleep(0.002)
+    if task.done():
+        await task
+
+
+async def disconnect_in_prefill(trial: Trial) -> str:
+    """SERVING_004: a client that leaves before its first token stops the prefill at the next chunk."""
+    ttft_ms, num_tokens = await _long_prompt(trial)
+    step_ms = ttft_ms * min(1.0, CHUNK_LENGTH / num_tokens)
+    for salt in range(1, 6):
+        async with trial.crowd() as crowd:
+            task = crowd.open(trial.target.text_of(num_tokens, salt), to_limit=True, temperature=0)
+            await _until(trial, 1)
+            await crowd.disconnect(task)
+            caught = not crowd.records[0].token_chunks
+        idle = await trial.expect_idle("all_freed", step_ms)
+        if caught:
+            return f"prompt of {num_tokens} tokens (first token after {ttft_ms:.0f} ms): {idle}"
+    raise NotRun(f"a prompt of {num_tokens} tokens gave its first token before the client could leave")
+
+
+async def _long_prompt(trial: Trial) -> tuple[float, int]:
+    """Time to the first token (ms) and length of the longest prompt of the gate's list that fits."""
+    for num_tokens in trial.limits["prompt_tokens"]:
+        try:
+            record = await trial.stream(trial.target.text_of(num_tokens), max_tokens=1, temperature=0)
+        except ServerError as error:
+            if error.status != 400:
+                raise
+        else:
+            return record.ttft_ms, record.prompt_tokens or num_tokens
+    raise NotRun(f"no prompt of {trial.limits['prompt_tokens']} tokens fits the server's context")
+
+
+async def disconnect_midway(trial: Trial) -> str:
+    """SERVING_005: a client that leaves in the middle of its stream frees slot and pages."""
+    told = []
+    for tokens in trial.limits["after_tokens"]:
+        record = await trial.stream(
+            trial.target.text_of(40, salt=tokens), stop_after=tokens, to_limit=True, temperature=1, seed=tokens
+        )
+        step_ms = median(record.gaps_ms) if record.gaps_ms else record.ttft_ms
+        told.append(f"left after {tokens}: {await trial.expect_idle('all_freed', step_ms)}")
+    return "; ".join(told)
+
+
+async def random_disconnects(trial: Trial) -> str:
+    """SERVING_006: many clients leave at random moments under steady streams; nothing is left behind."""
+    leaving = asyncio.create_task(_come_and_go(trial, random.Random(6)))
+    steady = [asyncio.create_task(_steady(trial, seed, leaving)) for seed in range(trial.limits["streams"])]
+    try:
+        records = sum(await asyncio.gather(*steady), [])
+        early = await leaving
+    finally:
+        for task in (leaving, *steady):
+            task.cancel()
+        await asyncio.gather(leaving, *steady, return_exceptions=True)
+    step_ms = median(gap for record in records for gap in record.gaps_ms)
+    idle = await trial.expect_idle("all_freed", step_ms)
+    left = f"{trial.scale.disconnects} left, {early} of them before a token"
+    return f"{left}, beside {len(steady)} streams at a time ({len(records)} in all); {idle}"
+
+
+async def _steady(trial: Trial, seed: int, leaving: asyncio.Task[int]) -> list[StreamRecord]:
+    """Streams one after another as long as others come and go; each must end as it was asked to."""
+    records = []
+    tokens = trial.limits["max_tokens"]
+    prompt = trial.target.text_of(30, salt=seed)
+    while not (records and leaving.done()):
+        try:
+            record = await trial.stream(prompt, to_limit=True, max_tokens=tokens, temperature=1, seed=seed)
+        except ProtocolError as error:
+            raise GateFailed("others_run_on", f"a stream that nobody disconnected broke off: {error}") from error
+        evidence = f"a stream that nobody disconnected ended after {len(record.token_ids)} of {tokens} tokens"
+        trial.expect(len(record.token_ids) == tokens and record.done == 1, "others_run_on", evidence)
+        records.append(record)
+    return records
+
+
+async def _come_and_go(trial: Trial, rng: random.Random) -> int:
+    """Clients that leave after a random while, four at a time; how many had got no token yet."""
+    pass_through = asyncio.Semaphore(4)
+
+    async def visit(salt: int, length: int, seconds: float) -> bool:
+        async with pass_through, trial.crowd() as crowd:
+            crowd.open(trial.target.text_of(length, salt), to_limit=True, temperature=1, seed=salt)
+            await asyncio.sleep(seconds)
+            return not crowd.records[0].token_chunks
+
+    visits = [
+        visit(salt, rng.choice(trial.limits["prompt_tokens"]), rng.uniform(0, trial.limits["seconds"]))
+        for salt in range(trial.scale.disconnects)
+    ]
+    return sum(await asyncio.gather(*visits))
+
+
+async def interleaved(trial: Trial) -> str:
+    """SERVING_008: streams opened together run together."""
+    async with trial.crowd() as crowd:
+        for seed in range(trial.limits["streams"]):
+            prompt = trial.target.text_of(24, salt=seed)
+            crowd.open(
+                prompt, to_limit=True, max_tokens=trial.limits["max_tokens"], temperature=1, seed=seed
+            )
+        records = await crowd.finished()
+    times = [[record.sent + chunk.at for chunk in record.token_chunks] for record in records]
+    opened = min(record.sent for record in records)
+    last_first, first_last = max(one[0] for one in times) - opened, min(one[-1] for one in times) - opened
+    evidence = (
+        f"{len(records)} streams: the last of the first tokens came after {1000 * last_first:.0f} ms, "
+        f"the first of the last tokens after {1000 * first_last:.0f} ms"
+    )
+    trial.expect(last_first < first_last, "all_begin_before_one_ends", evidence)
+    share = _turn_share(times)
+    evidence += f"; {share:.2f} of the tokens follow one of another stream"
+    trial.expect(share >= trial.limits["turn_share"], "tokens_alternate", evidence)
+    return evidence
+
+
+def _turn_share(times: list[list[float]]) -> float:
+    """Of all tokens in the order of arrival, the share that come from another stream than the one before."""
+    arrivals = sorted((at, stream) for stream, one in enumerate(times) for at in one)
+    turns = sum(early[1] != late[1] for early, late in zip(arrivals, arrivals[1:], strict=False))
+    return turns / len(arrivals)
