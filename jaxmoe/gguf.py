@@ -400,7 +400,7 @@ class _Header:
             self.fail(f"{what} is not UTF-8: {error.reason}", at + 8 + error.start)
         self.at = at
         if len(found) < count:
-            self.check(8 + self.integer(8, what), what)
+            self.check(self.integer(8, what), what)
         return found
 
 

@@ -77,6 +77,7 @@ class Scheduler:
     def __init__(self, *, num_slots: int, num_pages: int, page_length: int, prefill_chunk: int) -> None:
         self._table = PageTable(num_slots=num_slots, num_pages=num_pages, page_length=page_length)
         self._slots: list[Stream | None] = [None] * num_slots
+        self._held: list[Stream] = []  # who is in a slot, oldest first
         self._prefill_chunk = prefill_chunk
         self._waiting: list[Stream] = []
         self._streams: dict[int, Stream] = {}
@@ -85,7 +86,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """The number of slots in use."""
-        return len(self._held())
+        return len(self._held)
 
     @property
     def num_waiting(self) -> int:
@@ -97,7 +98,7 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not self._held()
+        return not self._waiting and not self._held
 
     def add(self, stream: Stream) -> None:
         """Queue a request, which must fit the cache when it runs alone."""
@@ -121,7 +122,7 @@ class Scheduler:
 
     def running(self) -> list[Stream]:
         """The requests that hold a slot and have not ended, oldest first."""
-        return [stream for stream in self._held() if stream.state != "ended"]
+        return [stream for stream in self._held if stream.state != "ended"]
 
     def next_step(self) -> Step | None:
         """Plan the next step, which the caller launches at once.
@@ -162,12 +163,9 @@ class Scheduler:
 
     def abandon_flight(self) -> None:
         """Note that no step launched so far will be read: a step has failed."""
-        for stream in self._held():
+        for stream in tuple(self._held):
             stream.in_flight = 0
             self._release_if_done(stream)
-
-    def _held(self) -> list[Stream]:
-        return sorted((stream for stream in self._slots if stream is not None), key=_arrival)
 
     def _carried(self, step: Step) -> list[Stream]:
         slots = (step.slot,) if isinstance(step, Prefill) else step.slots
@@ -182,7 +180,7 @@ class Scheduler:
 
     def _plan_prefill(self) -> Prefill | None:
         # One at a time: two half-done prompts would both come later than one after the other.
-        stream = next((held for held in self._held() if held.in_prefill), None) or self._admit()
+        stream = next((held for held in self._held if held.in_prefill), None) or self._admit()
         if stream is None:
             return None
         start = stream.num_prefilled
@@ -201,13 +199,14 @@ class Scheduler:
         stream.slot = self._slots.index(None)
         stream.prefill_ids = (*stream.request.prompt_ids, *stream.generated_ids)
         self._slots[stream.slot] = stream
+        insort(self._held, stream, key=_arrival)
         self._table.grow(stream.slot, _admission_length(stream))
         return stream
 
     def _has_room(self, stream: Stream) -> bool:
         # A page for each stream that will still grow: else the newcomer would be preempted at once
         # and its prefill lost. When none runs, every page is free, and add() saw that it fits.
-        num_growing = sum(self._will_grow(other) for other in self._held())
+        num_growing = sum(self._will_grow(other) for other in self._held)
         return self._table.num_pages_for(_admission_length(stream)) + num_growing <= self._table.num_free
 
     def _will_grow(self, stream: Stream) -> bool:
@@ -218,7 +217,7 @@ class Scheduler:
     def _plan_decode(self) -> Decode | None:
         slots: list[int] = []
         new_pages: list[tuple[int, int, int]] = []
-        for stream in self._held():  # oldest first: it is the one that gets the last page
+        for stream in tuple(self._held):  # the oldest is the one that gets the last page
             if stream.can_decode and self._make_room(stream):
                 slot = _slot_of(stream)
                 slots.append(slot)
@@ -229,10 +228,9 @@ class Scheduler:
     def _make_room(self, stream: Stream) -> bool:
         """See that the stream's next token has a page; False: it sits this step out."""
         while self._table.num_missing(_slot_of(stream), stream.cache_length) > self._table.num_free:
-            held = self._held()
-            if any(other.is_leaving for other in held):
+            if any(other.is_leaving for other in self._held):
                 return False  # pages come back when a step in flight is read
-            newest = held[-1]
+            newest = self._held[-1]
             self._preempt(newest)
             if newest is stream:
                 return False
@@ -247,6 +245,7 @@ class Scheduler:
             return
         self._table.release(stream.slot)
         self._slots[stream.slot] = None
+        self._held.remove(stream)
         stream.slot = None
         if stream.state == "preempted":
             self._requeue(stream)

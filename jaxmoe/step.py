@@ -163,12 +163,12 @@ def sampling_row(
     seed: int,
 ) -> SamplingRow:
     """A request's sampling row, as numpy arrays."""
-    bias = np.zeros(vocab_size, np.float32)
+    bias: Any = np.zeros(vocab_size, np.float32)
     for token_id, value in params.logit_bias.items():
         bias[token_id] = value
-    in_prompt = np.zeros(vocab_size, np.bool_)
+    in_prompt: Any = np.zeros(vocab_size, np.bool_)
     in_prompt[np.asarray(prompt_ids, np.int64)] = True
-    counts = np.bincount(np.asarray(generated_ids, np.int64), minlength=vocab_size).astype(np.int32)
+    counts: Any = np.bincount(np.asarray(generated_ids, np.int64), minlength=vocab_size).astype(np.int32)
     # one candidate leaves nothing to draw
     greedy = params.top_k == 1
     row: dict[str, Any] = {name: np.float32(getattr(params, name)) for name in _FLOAT_PARAMS}

@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         listening = _listen(given["host"], given["port"])
     except OSError as error:
-        print(f"cannot listen on {given['host']}:{given['port']}: {error.strerror}", file=sys.stderr)
+        reason = str(error.strerror).partition(" (while")[0]
+        print(f"cannot listen on {given['host']}:{given['port']}: {reason}", file=sys.stderr)
         return 1
     asyncio.run(serve(create_app(settings), _config(listening, settings)))
     return 0

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from quart import Quart, Response, request
 
+from jaxmoe import EngineStopped
 from server import lifetime
 from server.access import check_access
 from server.backend import Backend, Load, load_llm
@@ -20,8 +21,6 @@ from server.routes import Call, Service, add_routes, json_response
 from server.schema import MAX_BODY_SIZE
 from server.settings import SettingError, Settings, read_settings
 
-# A failed start shows on /health for this long before the process ends.
-LINGER_SECONDS: Final = 1.0
 # The engine's thread and the event loop take turns; Python's 5 ms would be most of a token's time.
 SWITCH_SECONDS: Final = 0.0005
 
@@ -49,6 +48,9 @@ def _add_checks(app: Quart, service: Service) -> None:
 
     @app.errorhandler(Exception)
     async def answer_error(error: Exception) -> Response:
+        if isinstance(error, EngineStopped) and service.backend.status == "ok":
+            service.backend.fail(error)
+            lifetime.end_soon()
         failure = failure_of(error, _call().request_id)
         return json_response(failure.body, failure.status, failure.headers)
 
@@ -71,9 +73,6 @@ def _add_start_and_stop(app: Quart, service: Service, *, read: bool) -> None:
         loop = asyncio.get_running_loop()
         loop.call_later(service.settings.grace_seconds, _end_calls, service)
 
-    def fail() -> None:
-        asyncio.get_running_loop().call_later(LINGER_SECONDS, lifetime.end_process, 1)
-
     @app.before_serving
     async def start() -> None:
         _log_to_stderr()
@@ -83,12 +82,12 @@ def _add_start_and_stop(app: Quart, service: Service, *, read: bool) -> None:
             _check_workers()
         except SettingError as error:
             service.backend.fail(error)
-            fail()
+            lifetime.end_soon()
             return
         grace_seconds = service.settings.grace_seconds
         lifetime.raise_limits(grace_seconds)
         tasks.add(asyncio.create_task(lifetime.watch(stop, grace_seconds)))
-        service.backend.start(service.settings, fail)
+        service.backend.start(service.settings, lifetime.end_soon)
 
     @app.after_serving
     async def close() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from jaxmoe import LLM
 from server.errors import LOG, Failure
@@ -14,6 +15,8 @@ from server.settings import SettingError, Settings
 
 Progress = Callable[[str, float], None]
 Load = Callable[[Settings, Progress], LLM]
+
+GIVE_UP_SECONDS: Final = 2.0
 
 NO_MODEL = (
     "no model is named: give the path of a GGUF file (JAXMOE_MODEL, or python -m server MODEL.gguf); "
@@ -38,6 +41,7 @@ class Backend:
         self.error: str | None = None
         self._load = load
         self._llm: LLM | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def llm(self) -> LLM:
@@ -63,7 +67,8 @@ class Backend:
                 self.fail(error)
                 loop.call_soon_threadsafe(on_failure)
 
-        threading.Thread(target=load, name="jaxmoe-load", daemon=True).start()
+        self._thread = threading.Thread(target=load, name="jaxmoe-load", daemon=True)
+        self._thread.start()
 
     def fail(self, error: Exception) -> None:
         """Nothing can be served any more; an error of the program itself is logged with its trace."""
@@ -77,10 +82,15 @@ class Backend:
             self.status = "stopping"
 
     def close(self) -> None:
-        """Stop the engine; blocks until its thread has ended."""
+        """Stop loading and the engine; blocks until their threads have ended, or ends the process."""
         self.stop()
-        if self._llm is not None:
-            self._llm.close()
+        if self._thread is not None:
+            self._thread.join(GIVE_UP_SECONDS)
+        is_loading = self._thread is not None and self._thread.is_alive()
+        if is_loading or not (self._llm is None or self._llm.close()):
+            # Python's own end would abort under a thread that is inside XLA.
+            LOG.warning("ending while the model is %s", "loading" if is_loading else "busy")
+            os._exit(0)
 
     def health(self) -> dict[str, Any]:
         """The body of GET /health."""
@@ -94,7 +104,7 @@ class Backend:
         self._llm = llm
         if self.status == "loading":
             self.status, self.phase, self.progress = "ok", "ready", 1.0
-            LOG.info("%s is ready", llm.model_id)
+            LOG.info("serving %s", llm.model_id)
         else:
             llm.close()
 

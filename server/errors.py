@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from werkzeug.exceptions import HTTPException
 
-from jaxmoe import RequestError
+from jaxmoe import EngineStopped, RequestError
 
 LOG: Final = logging.getLogger("server")
 
@@ -61,6 +61,8 @@ def failure_of(error: Exception, request_id: str) -> Failure:
         return error
     if isinstance(error, RequestError):
         return _refusal(error)
+    if isinstance(error, EngineStopped):
+        return Failure(503, "the engine has stopped", code="not_ready")
     if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
         headers = dict(error.get_headers())
         headers.pop("Content-Type", None)

@@ -10,11 +10,13 @@ import asyncio
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
 POLL_SECONDS: Final = 0.2
+LINGER_SECONDS: Final = 1.0
 BACKLOG: Final = 2048
 KEEP_ALIVE_SECONDS: Final = 75.0
 
@@ -22,6 +24,11 @@ KEEP_ALIVE_SECONDS: Final = 75.0
 def end_process(status: int) -> None:
     """End the process from a callback of the event loop; hypercorn passes SystemExit on."""
     raise SystemExit(status)
+
+
+def end_soon() -> None:
+    """End the process as failed, after a moment in which /health can say why."""
+    asyncio.get_running_loop().call_later(LINGER_SECONDS, end_process, 1)
 
 
 def worker_arguments() -> Mapping[str, Any]:
@@ -55,10 +62,10 @@ async def watch(on_stop: Callable[[], None], grace_seconds: float) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         loop.add_reader(parent.sentinel, end_process, 1)
-    _chain_signals(loop, stopped)
     event = worker_arguments().get("shutdown_event")
-    while not (stopped.is_set() or (event is not None and event.is_set())):
-        await _wait(stopped, POLL_SECONDS if event is not None else None)
+    with _chained_signals(loop, stopped):
+        while not (stopped.is_set() or (event is not None and event.is_set())):
+            await _wait(stopped, POLL_SECONDS if event is not None else None)
     on_stop()
     if parent is not None:  # nothing else would end a worker that only got the signal
         loop.call_later(grace_seconds + 2.0, end_process, 0)
@@ -72,17 +79,23 @@ async def _wait(stopped: asyncio.Event, seconds: float | None) -> None:
         pass
 
 
-def _chain_signals(loop: asyncio.AbstractEventLoop, stopped: asyncio.Event) -> None:
+@contextmanager
+def _chained_signals(loop: asyncio.AbstractEventLoop, stopped: asyncio.Event) -> Iterator[None]:
     """Hear SIGTERM and SIGINT beside whoever hears them now."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before = signal.getsignal(number)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if is_main}
 
-        def hear(number: int, frame: FrameType | None, before: Any = before) -> None:
-            loop.call_soon_threadsafe(stopped.set)
-            if callable(before):
-                before(number, frame)
+    def hear(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stopped.set)
+        heard = before[signal.Signals(number)]
+        if callable(heard):
+            heard(number, frame)
 
-        if before is not signal.SIG_IGN:
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
             signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from reference import Network, read_network
 
 from tools.synth_gguf import write_synthetic
+
+if TYPE_CHECKING:
+    from jaxmoe.model import Decoder
+    from jaxmoe.step import Steps
+
+# JAX reads these when it is first imported, here and in the servers that tests start: every conversion is written
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +34,35 @@ def tiny_q4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny-Q4_K_M.gguf"
     write_synthetic(path, "tiny", "Q4_K_M")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_network(tiny_gguf: Path) -> Network:
+    """The reference's form of `tiny_gguf`."""
+    return read_network(tiny_gguf)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_gguf: Path) -> Decoder:
+    """The decoder of `tiny_gguf`, in this backend's layout."""
+    from on_device import open_model
+
+    return open_model(tiny_gguf)[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_steps(tiny_gguf: Path) -> Steps:
+    """Warm steps of `tiny_gguf` with 16 slots; who uses them resets them first."""
+    from on_device import open_steps
+
+    steps = open_steps(tiny_gguf)
+    steps.warm()
+    return steps
+
+
+@pytest.fixture(scope="session")
+def tiny_q4_steps(tiny_q4: Path) -> Steps:
+    """Steps of `tiny_q4` with 16 slots and small chunks; who uses them resets them first."""
+    from on_device import open_steps
+
+    return open_steps(tiny_q4, prefill_chunk=64)

@@ -1,6 +1,6 @@
 """A small OpenAI-compatible app with nothing of jaxmoe in it, for the tests of tools.discharge.
 
-Ids are a hash of all ids before them and of the seed. Slots, a queue, pages, prefill chunks and decode
+With FAKE_PLAIN in the environment it knows nothing beyond the OpenAI API. Ids are a hash of all ids before them and of the seed. Slots, a queue, pages, prefill chunks and decode
 steps are counted and take time, so that every gate has something to measure.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import os
 import random
 import time
 from collections.abc import AsyncIterator
@@ -18,9 +19,26 @@ from zlib import crc32
 
 STEP_SECONDS, CHUNK_SECONDS = 0.001, 0.01
 SLOTS, PAGES, PAGE_LENGTH, CHUNK_LENGTH, CONTEXT = 6, 400, 64, 512, 1024
-WORDS = " the| rain| came| over| garden| lamp|ing|ed|\n|  x|中|你好|日|😀|🚀| 🌍|é".split("|")
+WORDS = (
+    " the",
+    " rain",
+    " came",
+    " garden",
+    " lamp",
+    "ing",
+    "ed",
+    "\n",
+    "  x",
+    "中",
+    "你好",
+    "日",
+    "😀",
+    " 🌍",
+    "é",
+)
 PIECES = (*(bytes([byte]) for byte in range(256)), *(word.encode() for word in WORDS), b"")
 END = len(PIECES) - 1
+PLAIN = "FAKE_PLAIN" in os.environ
 
 
 @dataclass(eq=False)
@@ -55,9 +73,9 @@ class Job:
         self.state = crc32(token_id.to_bytes(4, "little"), self.state)
         self.tokens += 1
         self.times.append(time.perf_counter())
-        ended = token_id == END and not self.body.get("ignore_eos")
-        self.out.put_nowait((token_id, "stop" if ended else "length" if self.tokens == self.max_tokens else None))
+        ended = token_id == END and (PLAIN or not self.body.get("ignore_eos"))
         self.gone = ended or self.tokens == self.max_tokens
+        self.out.put_nowait((token_id, "stop" if ended else "length" if self.gone else None))
 
 
 waiting: list[Job] = []
@@ -86,9 +104,11 @@ def submit(body: dict[str, Any]) -> Job:
         prompt_ids = [0, 1, 2, *(crc32(word.encode()) % END for word in words)]
     else:
         prompt_ids = body["prompt"]
+        if PLAIN:
+            raise ValueError("prompt must be a string")
     left = CONTEXT - len(prompt_ids)
     if left < (body.get("max_tokens") or 1):
-        raise ValueError(f"{len(prompt_ids)} tokens and {body.get('max_tokens')} more do not fit into {CONTEXT}")
+        raise ValueError(f"{len(prompt_ids)} tokens leave no room for {body.get('max_tokens')}")
     seed = body["seed"] if body.get("seed") is not None else random.randrange(1 << 30)
     job = Job(prompt_ids, body, body.get("max_tokens") or left, seed if body.get("temperature", 1) else 0)
     for token_id in prompt_ids:
@@ -110,7 +130,10 @@ async def pieces(job: Job) -> AsyncIterator[tuple[str, list[int], str | None]]:
         found = [held.find(stop) for stop in stops if stop in held]
         if found:
             held, reason, job.gone = held[: min(found)], "stop", True
-        keep = 0 if reason else max((n for s in stops for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        starts = (
+            [] if reason else [n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])]
+        )
+        keep = max(starts, default=0)
         text, held = held[: len(held) - keep], held[len(held) - keep :]
         if text:
             yield text, ids, None
@@ -125,17 +148,17 @@ async def watch(receive: Any, job: Job) -> None:
 
 
 def ending(job: Job, tokens: int) -> dict[str, Any]:
+    usage = {"prompt_tokens": len(job.prompt_ids), "completion_tokens": tokens}
     spent = 1000 * (job.times[-1] - job.times[0])
-    return {
-        "usage": {"prompt_tokens": len(job.prompt_ids), "completion_tokens": tokens},
-        "timings": {"predicted_n": job.tokens, "predicted_ms": spent},
-    }
+    timings = {} if PLAIN else {"timings": {"predicted_n": job.tokens, "predicted_ms": spent}}
+    return {"usage": usage, **timings}
 
 
 def choice(job: Job, part: str, text: str | None, ids: list[int], reason: str | None) -> dict[str, Any]:
-    chat = "messages" in job.body
-    spoken: dict[str, Any] = {part: {} if text is None else {"content": text}} if chat else {"text": text or ""}
-    return {"index": 0, **spoken, "token_ids": ids, "finish_reason": reason}
+    spoken: dict[str, Any] = {"text": text or ""}
+    if "messages" in job.body:
+        spoken = {part: {} if text is None else {"content": text}}
+    return {"index": 0, **spoken, **({} if PLAIN else {"token_ids": ids}), "finish_reason": reason}
 
 
 async def stream(job: Job, send: Any) -> None:
@@ -187,9 +210,15 @@ async def lifespan(receive: Any, send: Any) -> None:
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "lifespan":
-        return await lifespan(receive, send)
-    if scope["method"] == "GET":
-        return await answer(send, 200, get(scope["path"]))
+        await lifespan(receive, send)
+    elif scope["method"] == "GET":
+        found = get(scope["path"])
+        await answer(send, 200, {"status": "ok"} if PLAIN and "running" in found else found)
+    else:
+        await post(receive, send)
+
+
+async def post(receive: Any, send: Any) -> None:
     content, more = b"", True
     while more:
         message = await receive()
@@ -198,7 +227,8 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     try:
         job = submit(body)
     except ValueError as error:
-        return await answer(send, 400, {"error": {"message": str(error)}})
+        await answer(send, 400, {"error": {"message": str(error)}})
+        return
     watching = asyncio.create_task(watch(receive, job))
     serving = asyncio.create_task((stream if body.get("stream") else whole)(job, send))
     await asyncio.wait((watching, serving), return_when=asyncio.FIRST_COMPLETED)

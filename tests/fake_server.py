@@ -7,8 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from fake_model import fake_llm
-
 from jaxmoe import LLM
 from server.app import create_app
 from server.backend import Progress
@@ -22,6 +20,8 @@ def load(settings: Settings, progress: Progress) -> LLM:
         time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")) / 10)
     if "FAKE_FAILURE" in os.environ:
         raise ValueError(os.environ["FAKE_FAILURE"])
+    from fake_model import fake_llm  # it imports JAX, which takes seconds
+
     step_seconds = float(os.environ.get("FAKE_STEP_SECONDS", "0"))
     path = Path(os.environ["FAKE_MODEL"])
     return fake_llm(path, step_seconds=step_seconds, engine_config=settings.engine, num_slots=32)

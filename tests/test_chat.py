@@ -519,8 +519,8 @@ def test_a_template_that_cannot_work_fails_at_load(source: str, what: str) -> No
 
 
 ENDLESS = [
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
+    "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    "{% set r = range(99999) %}{% for a in r %}{% for b in r if false %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "{% for a in [1] * 90 recursive %}{{ loop([1] * 90) if loop.depth < 9 }}{% endfor %}",
 ]

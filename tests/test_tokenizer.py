@@ -25,7 +25,7 @@ TRICKY = [
     "",
     " ",
     "Hello world",
-    "it's, I'LL, we'Re, they've 'tis 'd'x '",
+    "it's, I'LL, we'Re, they've 'tis 'd'x it'Sx '",
     "1234567 x86 3.14159 ٣٤ ½ Ⅷ",
     "a  b   c\t\td \t e    ",
     "line\nline\r\n\r\n  indented\n\n\n   \n  end \n",
@@ -142,7 +142,8 @@ WORDS = [
     "你好",
     "🙂",
     "...",
-    "re",
+    "12",
+    "'Sx",
 ]
 
 
@@ -260,10 +261,11 @@ def test_special_tokens_alone_need_no_text_around_them() -> None:
 
 def test_unused_tokens_are_never_produced() -> None:
     assert small().encode("[PAD7]", parse_special=True) == small_reference("[PAD7]")
-    one_char = small_file(
-        tokens=[*small_tokens(), "\u0400"], token_type=np.append(small_types(), UNUSED), eos_token_id=None
-    )
-    assert Tokenizer.from_gguf(one_char).encode("\u0400", parse_special=True) == small_reference("\u0400")
+    unused = [NORMAL] * 256 + [UNUSED]
+    with pytest.raises(ValueError, match="merge 0 'a b' needs 'ab'"):
+        Tokenizer([*byte_chars(), "ab"], unused, ["a b"])
+    with pytest.raises(ValueError, match="no token for byte 0x00"):
+        Tokenizer(byte_chars(), [UNUSED, *unused[:255]], [])
 
 
 def small_types() -> list[int]:
@@ -286,11 +288,11 @@ def test_ids_the_file_does_not_name_are_empty() -> None:
 
 
 def test_special_texts_beyond_the_byte_alphabet_are_utf8() -> None:
-    tokens = [*small_tokens(), "<｜é｜>", "a b"]
+    tokens = [*small_tokens(), "<｜é｜>", "a\u00adb"]
     file = small_file(tokens=tokens, token_type=np.append(small_types(), [CONTROL, NORMAL]))
     tokenizer = Tokenizer.from_gguf(file)
     assert tokenizer.token_bytes(len(tokens) - 2) == "<｜é｜>".encode()
-    assert tokenizer.token_bytes(len(tokens) - 1) == b"a b"
+    assert tokenizer.token_bytes(len(tokens) - 1) == b"a\xc2\xadb"
     assert tokenizer.encode("x<｜é｜>", parse_special=True) == [id_of("x"), len(tokens) - 2]
 
 
@@ -377,8 +379,9 @@ def test_bad_vocabularies_are_refused() -> None:
 
 
 def test_an_empty_special_token_matches_nothing() -> None:
-    tokenizer = Tokenizer([*byte_chars(), "", ""], [NORMAL] * 256 + [USER_DEFINED, CONTROL], [])
-    assert tokenizer.encode("ab", parse_special=True) == [ord("a"), ord("b")]
+    kinds = [NORMAL] * 256 + [USER_DEFINED, CONTROL, CONTROL]
+    tokenizer = Tokenizer([*byte_chars(), "", "", "<x>"], kinds, [])
+    assert tokenizer.encode("a<x>b", parse_special=True) == [ord("a"), 258, ord("b")]
 
 
 def test_a_lone_surrogate_is_a_request_error() -> None:

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
@@ -134,7 +135,13 @@ class StreamRecord:
     def gaps_ms(self) -> list[float]:
         """Milliseconds between token chunks."""
         times = [chunk.at for chunk in self.token_chunks]
-        return [1000 * (late - early) for early, late in zip(times, times[1:], strict=False)]
+        return [1000 * (late - early) for early, late in pairwise(times)]
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds a token: the mean over the token chunks, or the first one's time if it is alone."""
+        gaps = self.gaps_ms
+        return sum(gaps) / len(gaps) if gaps else self.ttft_ms
 
     def _last(self, name: str) -> Json:
         found = [chunk.payload[name] for chunk in self.chunks if chunk.payload.get(name)]
@@ -285,10 +292,8 @@ class _Response:
 
     async def whole(self) -> tuple[bytes, float]:
         """The whole body, and when its last byte came (seconds since the request was sent)."""
-        at, body = 0.0, b""
-        async for at, piece in self.pieces():
-            body += piece
-        return body, at
+        pieces = [piece async for piece in self.pieces()]
+        return b"".join(piece for _, piece in pieces), pieces[-1][0] if pieces else 0.0
 
     async def pieces(self) -> AsyncIterator[tuple[float, bytes]]:
         """(seconds since the request was sent, body bytes) as each read of the socket returns."""

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -74,7 +73,9 @@ def schema_problems(document: object, schema: str) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
 
-def gate_problems(contract: Contract, *, implemented: set[str], mutants: set[str], known: set[str]) -> list[str]:
+def gate_problems(
+    contract: Contract, *, implemented: set[str], mutants: set[str], known: set[str]
+) -> list[str]:
     """Gates without an implementation or a mutant, and names that nothing answers to."""
     found = []
     for gate in contract.gates:
@@ -123,7 +124,7 @@ def _gate(entry: Document) -> Gate:
 
 def main() -> int:
     found = all_problems()
-    print("\n".join(found) or f"{len(NAMES)} contracts are well formed; each gate is implemented and has its mutants")
+    print("\n".join(found) or "the contracts are well formed; each gate is implemented and has its mutants")
     return 1 if found else 0
 
 

@@ -15,10 +15,11 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tools.client import Client
 from tools.contracts import NAMES, Contract, Gate, RedState, load_contract
@@ -28,7 +29,7 @@ from tools.gates import GATES
 from tools.launch import LaunchError, launch
 from tools.mutants import HEADER, RELEASE_PATH
 from tools.target import NEEDS, Target, probe
-from tools.trial import FULL, RED, Outcome, Scale, run_gate
+from tools.trial import FULL, RED, Outcome, Scale, Verdict, run_gate
 from tools.vocabulary import Vocabulary
 
 PASSED, FAILED, NOT_RUN = 0, 1, 3
@@ -82,8 +83,13 @@ async def discharge(
         verdicts += [outcome.verdict for outcome in outcomes]
         subject = Subject(server.model or target.model, server.model_arch, command, env)
         folder = out / contract.name
-        journal.say(f"written to {shown_path(folder / 'findings.json')}")
+        journal.say(f"findings: {shown_path(folder / 'findings.json')}")
         write_findings(contract, outcomes, subject, folder, journal.lines)
+    return exit_status(verdicts)
+
+
+def exit_status(verdicts: Sequence[Verdict]) -> int:
+    """0 when all passed, 1 when one failed, 3 when none failed but some were not run."""
     if "failed" in verdicts:
         return FAILED
     return NOT_RUN if "not_run" in verdicts else PASSED
@@ -122,7 +128,9 @@ def _access() -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
-def _say_heading(journal: Journal, contract: Contract, target: Target, env: Environment, command: str) -> None:
+def _say_heading(
+    journal: Journal, contract: Contract, target: Target, env: Environment, command: str
+) -> None:
     journal.say(f"{contract.name} {contract.version}: {command}")
     journal.say(", ".join(f"{name} {value}" for name, value in env.items()))
     has = ", ".join(need for need in NEEDS if need not in target.lacks) or "nothing beyond the OpenAI API"
@@ -175,7 +183,8 @@ def _write_synthetic(folder: Path) -> Path:
     from tools.synth_gguf import write_synthetic
 
     path = folder / "synthetic.gguf"
-    write_synthetic(path, *SYNTHETIC)
+    # Long enough that a request which nobody ended would still run when it is looked for.
+    write_synthetic(path, *SYNTHETIC, metadata={"qwen3moe.context_length": 4096})
     return path
 
 
@@ -209,7 +218,7 @@ def _command(arguments: argparse.Namespace) -> str:
     return " ".join(parts + ["--red"] * arguments.red)
 
 
-Run = Callable[..., Awaitable[int]]
+Run = Callable[..., Coroutine[Any, Any, int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,19 +228,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = os.environ.get("QWEN3_MOE_GGUF_PATH")
     model = arguments.model or (Path(given) if given else None)
     run: Run = turn_red if arguments.red else discharge
-    asked = {"command": _command(arguments), "out": arguments.out}
+    asked: dict[str, Any] = {"command": _command(arguments), "out": arguments.out}
     if arguments.url:
-        return asyncio.run(_run(run, Server(arguments.url), contracts, asked))
+        return asyncio.run(run(Server(arguments.url), contracts, **asked))
     try:
         with serve(model, "tools.mutant_app:app" if arguments.red else "server:app") as server:
-            return asyncio.run(_run(run, server, contracts, asked))
+            return asyncio.run(run(server, contracts, **asked))
     except LaunchError as error:
         print(error, file=sys.stderr)
         return FAILED
-
-
-async def _run(run: Run, server: Server, contracts: Sequence[Contract], asked: dict[str, object]) -> int:
-    return await run(server, contracts, **asked)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from tools.environment import ROOT, Environment, host_name
 from tools.trial import Outcome, Samples
 
 Document = dict[str, Any]
-ABSOLUTE_PATH = re.compile(r"(?<![\w:/.~-])(?:/(?!v1/)(?:[\w.+@~-]+/)+|[A-Za-z]:\\(?:[\w.+@~ -]+\\)*)([\w.+@~-]+)")
+ABSOLUTE_PATH = re.compile(
+    r"(?<![\w:/.~-])/(?!(?:v1|health|x-mutant)\b)(?:[\w.+@~-]+/)*(?P<name>[\w.+@~-]+)", re.ASCII
+)
 LIST_OF_PLAIN = re.compile(r"\[\n\s+([^\[\]{}\"]*?)\n\s*\]")
 
 
@@ -49,7 +51,7 @@ class RedOutcome:
 
 def scrub(text: str) -> str:
     """The text with every absolute path cut to its last part; URLs and API paths stay."""
-    return ABSOLUTE_PATH.sub(r"\1", text)
+    return ABSOLUTE_PATH.sub(r"\g<name>", text)
 
 
 def shown_path(path: Path) -> str:

@@ -17,11 +17,6 @@ async def token_by_token(trial: Trial) -> str:
     told = []
     for prompt_tokens in trial.limits["prompt_tokens"]:
         runs = await _timed_runs(trial, trial.target.text_of(prompt_tokens))
-        for length, records in runs.items():
-            for record in records:
-                _expect_terminal(trial, record)
-                _expect_ids(trial, record, length)
-                _expect_one_id_a_chunk(trial, record)
         told.append(_expect_spread(trial, runs))
     return "; ".join(told)
 
@@ -34,12 +29,15 @@ async def _timed_runs(trial: Trial, prompt: str) -> Runs:
     for seed in range(trial.scale.repeats):
         for length in lengths:
             record = await trial.stream(prompt, to_limit=True, max_tokens=length, temperature=1, seed=seed)
+            _expect_terminal(trial, record)
+            _expect_ids(trial, record, length)
+            _expect_one_id_a_chunk(trial, record)
             runs[length].append(record)
     return runs
 
 
 def _expect_terminal(trial: Trial, record: StreamRecord) -> None:
-    ends = f"{record.done} [DONE], {record.after_done} events after it, finish_reasons {record.finish_reasons}"
+    ends = f"{record.done} [DONE], {record.after_done} events after it, finish {record.finish_reasons}"
     trial.expect(record.done == 1 and record.after_done == 0, "done_is_last", ends)
     trial.expect(record.finish_reasons in (["stop"], ["length"]), "one_finish_reason", ends)
 
@@ -58,7 +56,7 @@ def _expect_one_id_a_chunk(trial: Trial, record: StreamRecord) -> None:
         rightly = len(several) <= max(2, trial.limits["held_chunk_share"] * len(groups))
     else:
         rightly = trial.target.vocabulary.held_rightly(groups)
-    evidence = f"{len(several)} of {len(groups)} chunks carry several ids, not all for an unfinished character"
+    evidence = f"{len(several)} of {len(groups)} chunks have several ids, not all for an unfinished character"
     trial.expect(rightly, "one_id_a_chunk", evidence)
 
 
@@ -74,7 +72,8 @@ def _expect_spread(trial: Trial, runs: Runs) -> str:
     evidence += f"; longest gap {share:.3f} of the stream"
     trial.expect(share <= trial.limits["longest_gap_share"], "no_long_gap", evidence)
 
-    spread = median(map(_median_over_mean_gap, runs[max(runs)]))
+    # A busy client reads late and then much at once; a server that sends in lumps does so in every round.
+    spread = max(map(_median_over_mean_gap, runs[max(runs)]))
     evidence += f"; median gap {spread:.2f} of the mean gap"
     trial.expect(spread >= trial.limits["median_over_mean_gap"], "no_bursts", evidence)
     return f"prompt of {runs[max(runs)][0].prompt_tokens} tokens: {evidence}"
@@ -108,15 +107,14 @@ async def whole_response(trial: Trial) -> str:
     return f"text and ids equal for prompts of {', '.join(map(str, told))} tokens"
 
 
-async def _expect_same(
-    trial: Trial, record: StreamRecord, prompt: str, asked: dict[str, Any]
-) -> int | None:
+async def _expect_same(trial: Trial, record: StreamRecord, prompt: str, asked: dict[str, Any]) -> int | None:
     reply = await trial.complete(prompt, to_limit=True, **asked)
     kind = reply.content_type
     trial.expect(kind == "application/json", "one_json_response", f"the content type is {kind}")
     ids = len(reply.token_ids)
-    counted = f"{ids} ids came, usage counts {reply.completion_tokens}, the stream had {len(record.token_ids)}"
-    trial.expect(ids == reply.completion_tokens == len(record.token_ids), "holds_all_tokens", counted)
+    streamed = len(record.token_ids)
+    counted = f"{ids} ids came, usage counts {reply.completion_tokens}, the stream had {streamed}"
+    trial.expect(ids == reply.completion_tokens == streamed, "holds_all_tokens", counted)
     trial.expect(reply.token_ids == record.token_ids, "ids_equal_the_stream", "the ids differ")
     texts = f"{reply.text[-40:]!r} against {record.text[-40:]!r} streamed"
     trial.expect(reply.text == record.text, "text_equals_the_stream", texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from itertools import chain, pairwise
 from statistics import median
 
 from tools.client import ProtocolError, ServerError, StreamRecord
@@ -21,7 +22,7 @@ async def disconnect_in_queue(trial: Trial) -> str:
         victim, full = await _fill_until_one_waits(trial, crowd)
         await crowd.disconnect(victim)
         bound = trial.limits["steps"] * crowd.step_ms + trial.limits["allowance_ms"]
-        waited, health = await trial.freed_ms(lambda health: health.waiting == 0, bound)
+        waited, health = await trial.until(lambda health: health.waiting == 0, bound)
         evidence = f"{bound:.0f} ms after the client had gone: {health}"
         trial.expect(health.waiting == 0, "queue_left", evidence)
         await asyncio.sleep(0.1)
@@ -33,27 +34,27 @@ async def disconnect_in_queue(trial: Trial) -> str:
 async def _fill_until_one_waits(trial: Trial, crowd: Crowd) -> tuple[asyncio.Task[StreamRecord], Health]:
     for count in range(1, MOST_STREAMS + 1):
         task = crowd.open(trial.target.text_of(24, salt=count), to_limit=True, temperature=1, seed=count)
-        health = await _until(trial, count)
-        if health.waiting:
+        health = await _waits(trial, crowd, task)
+        if health is not None:
             return task, health
-        await _first_token(crowd.records[-1], task)
     raise NotRun(f"{MOST_STREAMS} streams ran at once and none had to wait")
 
 
-async def _until(trial: Trial, count: int) -> Health:
-    """/health once `count` requests are known to the engine. Raises TimeoutError."""
+async def _waits(trial: Trial, crowd: Crowd, task: asyncio.Task[StreamRecord]) -> Health | None:
+    """/health if the newest stream is kept waiting for many steps, None once it has its first token."""
+    clock = asyncio.get_running_loop()
+    waiting_since: float | None = None
     async with asyncio.timeout(SECONDS):
-        while (health := await trial.target.health()).running + health.waiting < count:
+        while not crowd.records[-1].token_chunks:
+            if task.done():
+                await task
+            health = await trial.target.health()
+            now = clock.time()
+            waiting_since = (waiting_since or now) if health.waiting else None
+            if waiting_since is not None and now - waiting_since > max(0.1, 0.02 * crowd.step_ms):
+                return health
             await asyncio.sleep(0.002)
-        return health
-
-
-async def _first_token(record: StreamRecord, task: asyncio.Task[StreamRecord]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not record.token_chunks and not task.done():
-            await asyncio.sleep(0.002)
-    if task.done():
-        await task
+    return None
 
 
 async def disconnect_in_prefill(trial: Trial) -> str:
@@ -63,7 +64,7 @@ async def disconnect_in_prefill(trial: Trial) -> str:
     for salt in range(1, 6):
         async with trial.crowd() as crowd:
             task = crowd.open(trial.target.text_of(num_tokens, salt), to_limit=True, temperature=0)
-            await _until(trial, 1)
+            await trial.until(lambda health: health.running > 0, 1000 * SECONDS)
             await crowd.disconnect(task)
             caught = not crowd.records[0].token_chunks
         idle = await trial.expect_idle("all_freed", step_ms)
@@ -90,10 +91,9 @@ async def disconnect_midway(trial: Trial) -> str:
     told = []
     for tokens in trial.limits["after_tokens"]:
         record = await trial.stream(
-            trial.target.text_of(40, salt=tokens), stop_after=tokens, to_limit=True, temperature=1, seed=tokens
+            trial.target.text_of(40, tokens), stop_after=tokens, to_limit=True, temperature=1, seed=tokens
         )
-        step_ms = median(record.gaps_ms) if record.gaps_ms else record.ttft_ms
-        told.append(f"left after {tokens}: {await trial.expect_idle('all_freed', step_ms)}")
+        told.append(f"left after {tokens}: {await trial.expect_idle('all_freed', record.step_ms)}")
     return "; ".join(told)
 
 
@@ -102,28 +102,28 @@ async def random_disconnects(trial: Trial) -> str:
     leaving = asyncio.create_task(_come_and_go(trial, random.Random(6)))
     steady = [asyncio.create_task(_steady(trial, seed, leaving)) for seed in range(trial.limits["streams"])]
     try:
-        records = sum(await asyncio.gather(*steady), [])
+        records = list(chain.from_iterable(await asyncio.gather(*steady)))
         early = await leaving
     finally:
         for task in (leaving, *steady):
             task.cancel()
         await asyncio.gather(leaving, *steady, return_exceptions=True)
-    step_ms = median(gap for record in records for gap in record.gaps_ms)
-    idle = await trial.expect_idle("all_freed", step_ms)
+    idle = await trial.expect_idle("all_freed", median(record.step_ms for record in records))
     left = f"{trial.scale.disconnects} left, {early} of them before a token"
     return f"{left}, beside {len(steady)} streams at a time ({len(records)} in all); {idle}"
 
 
 async def _steady(trial: Trial, seed: int, leaving: asyncio.Task[int]) -> list[StreamRecord]:
     """Streams one after another as long as others come and go; each must end as it was asked to."""
-    records = []
+    records: list[StreamRecord] = []
     tokens = trial.limits["max_tokens"]
     prompt = trial.target.text_of(30, salt=seed)
     while not (records and leaving.done()):
         try:
             record = await trial.stream(prompt, to_limit=True, max_tokens=tokens, temperature=1, seed=seed)
-        except ProtocolError as error:
-            raise GateFailed("others_run_on", f"a stream that nobody disconnected broke off: {error}") from error
+        except (ProtocolError, ServerError) as error:
+            evidence = f"a stream that nobody disconnected broke off: {error}"
+            raise GateFailed("others_run_on", evidence) from error
         evidence = f"a stream that nobody disconnected ended after {len(record.token_ids)} of {tokens} tokens"
         trial.expect(len(record.token_ids) == tokens and record.done == 1, "others_run_on", evidence)
         records.append(record)
@@ -133,10 +133,13 @@ async def _steady(trial: Trial, seed: int, leaving: asyncio.Task[int]) -> list[S
 async def _come_and_go(trial: Trial, rng: random.Random) -> int:
     """Clients that leave after a random while, four at a time; how many had got no token yet."""
     pass_through = asyncio.Semaphore(4)
+    longest = max(trial.limits["prompt_tokens"])
+    tokens = min(trial.limits["visit_tokens"], trial.target.room(longest))
 
     async def visit(salt: int, length: int, seconds: float) -> bool:
         async with pass_through, trial.crowd() as crowd:
-            crowd.open(trial.target.text_of(length, salt), to_limit=True, temperature=1, seed=salt)
+            prompt = trial.target.text_of(length, salt)
+            crowd.open(prompt, to_limit=True, max_tokens=tokens, temperature=1, seed=salt)
             await asyncio.sleep(seconds)
             return not crowd.records[0].token_chunks
 
@@ -152,9 +155,7 @@ async def interleaved(trial: Trial) -> str:
     async with trial.crowd() as crowd:
         for seed in range(trial.limits["streams"]):
             prompt = trial.target.text_of(24, salt=seed)
-            crowd.open(
-                prompt, to_limit=True, max_tokens=trial.limits["max_tokens"], temperature=1, seed=seed
-            )
+            crowd.open(prompt, to_limit=True, max_tokens=trial.limits["max_tokens"], temperature=1, seed=seed)
         records = await crowd.finished()
     times = [[record.sent + chunk.at for chunk in record.token_chunks] for record in records]
     opened = min(record.sent for record in records)
@@ -173,5 +174,5 @@ async def interleaved(trial: Trial) -> str:
 def _turn_share(times: list[list[float]]) -> float:
     """Of all tokens in the order of arrival, the share that come from another stream than the one before."""
     arrivals = sorted((at, stream) for stream, one in enumerate(times) for at in one)
-    turns = sum(early[1] != late[1] for early, late in zip(arrivals, arrivals[1:], strict=False))
+    turns = sum(early[1] != late[1] for early, late in pairwise(arrivals))
     return turns / len(arrivals)

@@ -12,11 +12,24 @@ from tools.client import Ask, Client, Json, ProtocolError, Reply, ServerError
 from tools.vocabulary import Vocabulary
 
 QWEN_END_IDS = (151645, 151643)  # <|im_end|>, <|endoftext|>
-WORDS = "river stone light over under green cloud seven engine paper walk north quiet bread open silver".split()
+WORDS = (
+    "river",
+    "stone",
+    "light",
+    "over",
+    "green",
+    "cloud",
+    "seven",
+    "paper",
+    "walk",
+    "north",
+    "quiet",
+    "bread",
+)
 Prompt = str | list[int]
 
 NEEDS = {
-    "return_token_ids": "return_token_ids (vLLM's field): the ids of each choice and chunk, as many as usage counts",
+    "return_token_ids": "return_token_ids (vLLM's field): the ids of choices and chunks, all that are counted",
     "ignore_eos": "ignore_eos: generation goes on to max_tokens",
     "end_token_id": "an end token that logit_bias can force, counted in completion_tokens",
     "token_id_prompts": "/v1/completions with a prompt of token ids",
@@ -38,16 +51,16 @@ class Health:
         return (self.running, self.waiting, self.free_pages) == (0, 0, self.total_pages)
 
     def __str__(self) -> str:
-        return (
-            f"{self.running} running, {self.waiting} waiting, {self.free_pages} of {self.total_pages} pages free"
-        )
+        pages = f"{self.free_pages} of {self.total_pages} pages free"
+        return f"{self.running} running, {self.waiting} waiting, {pages}"
 
 
 @dataclass(frozen=True)
 class Target:
     """A running server. `lacks` says, for each missing entry of NEEDS, what was seen instead.
 
-    `speed` names the row of V1_003's thresholds that applies; `tokens_per_word` is measured.
+    `speed` names the row of V1_003's thresholds that applies; `tokens_per_word` is measured;
+    `context_length` is huge where the server does not tell.
     """
 
     client: Client
@@ -56,6 +69,7 @@ class Target:
     vocabulary: Vocabulary | None = None
     end_token_id: int | None = None
     tokens_per_word: float = 1.5
+    context_length: int = 1 << 20
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def ask(self, prompt: Prompt, *, stream: bool, to_limit: bool = False, **fields: Any) -> Ask:
@@ -70,6 +84,10 @@ class Target:
         body |= {"return_token_ids": True} if "return_token_ids" not in self.lacks else {}
         body |= {"ignore_eos": True} if to_limit and "ignore_eos" not in self.lacks else {}
         return Ask("/v1/chat/completions" if spoken else "/v1/completions", body)
+
+    def room(self, prompt_tokens: int) -> int:
+        """The most tokens that may safely be asked for after a text of about `prompt_tokens`."""
+        return max(1, self.context_length - 32 - round(1.1 * prompt_tokens))
 
     def text_of(self, num_tokens: int, salt: int = 0) -> str:
         """Words that come to about `num_tokens` tokens; another `salt` gives other words."""
@@ -97,8 +115,9 @@ class Target:
 
 async def probe(client: Client, *, speed: str, vocabulary: Vocabulary | None) -> Target:
     """Ask the running server what it can do, each thing by one or two short requests."""
-    blank = Target(client, await _model(client), speed, vocabulary, lacks=dict.fromkeys(NEEDS, "not probed"))
-    target = replace(blank, tokens_per_word=await _tokens_per_word(blank))
+    blank = Target(client, speed=speed, vocabulary=vocabulary, lacks=dict.fromkeys(NEEDS, "not probed"))
+    named = await _named(blank)
+    target = replace(named, tokens_per_word=await _tokens_per_word(named))
     for need, check in PROBES.items():
         lacks = {name: reason for name, reason in target.lacks.items() if name != need}
         trying = replace(target, lacks=lacks)
@@ -118,11 +137,14 @@ def _expect(found: bool, otherwise: str) -> None:
         raise _Lacking(otherwise)
 
 
-async def _model(client: Client) -> str:
+async def _named(target: Target) -> Target:
+    """With the first model that /v1/models lists, and its max_model_len (vLLM's field)."""
     try:
-        return str((await client.get("/v1/models"))["data"][0]["id"])
+        card = (await target.client.get("/v1/models"))["data"][0]
+        length = int(card.get("max_model_len") or target.context_length)
+        return replace(target, model=str(card["id"]), context_length=length)
     except (ServerError, ProtocolError, KeyError, IndexError):
-        return "default"
+        return target
 
 
 async def _tokens_per_word(target: Target) -> float:

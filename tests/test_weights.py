@@ -1,0 +1,230 @@
+"""Loading: each weight at its place, exactly; each missing or misshapen tensor named."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gguf import GGMLQuantizationType as GGMLType
+from jax import Array
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.gguf import GGUFError, GGUFFile, GGUFTensor, read_gguf
+from jaxmoe.layers import StackedWeight
+from jaxmoe.model import Decoder
+from jaxmoe.quants import Layout, QuantTensor, dequantise
+from jaxmoe.weights import device_weights_size, load_model
+from tools.synth_gguf import write_synthetic
+
+LAYOUTS: tuple[Layout, ...] = ("rows", "columns")
+
+# the tiny network: D = F = 256, N x H = 256, K x H = 128, E = 8, V = 512, two layers
+BLOCK = {
+    "attn_k": (128, 256),
+    "attn_k_norm": (64,),
+    "attn_norm": (256,),
+    "attn_output": (256, 256),
+    "attn_q": (256, 256),
+    "attn_q_norm": (64,),
+    "attn_v": (128, 256),
+    "ffn_down_exps": (8, 256, 256),
+    "ffn_gate_exps": (8, 256, 256),
+    "ffn_gate_inp": (8, 256),
+    "ffn_norm": (256,),
+    "ffn_up_exps": (8, 256, 256),
+}
+
+
+def load(file: GGUFFile, layout: Layout | None = None) -> Decoder:
+    return load_model(file, ModelConfig.from_gguf(file), context_length=1024, layout=layout)
+
+
+def counted(tied: bool) -> dict[str, np.ndarray]:
+    """What a file of counting numbers has in it: element k is k, in file order."""
+    shapes = {} if tied else {"output": (512, 256)}
+    shapes |= {"output_norm": (256,), "token_embd": (512, 256)}
+    shapes |= {f"blk.{i}.{name}": shape for i in range(2) for name, shape in BLOCK.items()}
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    return {
+        name: np.arange(end - np.prod(shape), end, dtype=np.float32).reshape(shape)
+        for (name, shape), end in zip(shapes.items(), ends, strict=True)
+    }
+
+
+def by_layer(weight: StackedWeight, num_layers: int = 2) -> list[np.ndarray]:
+    """[..., outputs, inputs] of each layer, whatever the layout."""
+
+    @jax.jit
+    def pick(layer: Array) -> Array:
+        return weight.apply(lambda stack, i: as_rows(stack.map(lambda a: a[i])), layer)
+
+    return [np.asarray(pick(jnp.int32(i))) for i in range(num_layers)]
+
+
+def as_rows(tensor: QuantTensor) -> Array:
+    values = dequantise(tensor, jnp)
+    return values if tensor.layout == "rows" else jnp.swapaxes(values, -1, -2)
+
+
+def matrices(model: Decoder) -> dict[str, StackedWeight]:
+    attention, moe = model.attention, model.moe
+    return {
+        "attn_q": attention.q, "attn_k": attention.k, "attn_v": attention.v, "attn_output": attention.output,
+        "ffn_gate_inp": moe.router, "ffn_gate_exps": moe.gate, "ffn_up_exps": moe.up, "ffn_down_exps": moe.down,
+    }  # fmt: skip
+
+
+def norms(model: Decoder) -> dict[str, np.ndarray]:
+    modules = {
+        "attn_norm": model.attn_norm, "ffn_norm": model.moe_norm,
+        "attn_q_norm": model.attention.q_norm, "attn_k_norm": model.attention.k_norm,
+    }  # fmt: skip
+    return {name: np.asarray(module.weight[...]) for name, module in modules.items()}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def counting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[GGUFFile, bool]:
+    path = tmp_path_factory.mktemp("counting") / "counting.gguf"
+    write_synthetic(path, "tiny", "F32", values="counting", tied=request.param)
+    return read_gguf(path), request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_counting_number_lies_at_its_place(counting: tuple[GGUFFile, bool], layout: Layout) -> None:
+    file, tied = counting
+    model, expected = load(file, layout), counted(tied)
+    for name, weight in matrices(model).items():
+        for i, values in enumerate(by_layer(weight)):
+            np.testing.assert_array_equal(values, expected[f"blk.{i}.{name}"], err_msg=name)
+    for name, stacked in norms(model).items():
+        np.testing.assert_array_equal(stacked, [expected[f"blk.{i}.{name}"] for i in range(2)], err_msg=name)
+    np.testing.assert_array_equal(model.final_norm[...], expected["output_norm"])
+    np.testing.assert_array_equal(as_rows(model.embedding.weight.tensor), expected["token_embd"])
+    assert (model.output is None) == tied
+    if model.output is not None:
+        np.testing.assert_array_equal(as_rows(model.output.tensor), expected["output"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_puts_the_input_axis_where_its_name_says(
+    counting: tuple[GGUFFile, bool], layout: Layout
+) -> None:
+    (stack,) = load(counting[0], layout).moe.gate.stacks
+    codes = np.asarray(stack.tensor.codes)
+    start = counted(counting[1])["blk.1.ffn_gate_exps"][0, 0, 0]
+    value = start + 5 * 256 * 256 + 3 * 256 + 2  # layer 1, expert 5, output 3, input 2
+    assert codes[(1, 5, 3, 2) if layout == "rows" else (1, 5, 2, 3)] == value
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_layers_of_different_types_are_each_exact(tiny_q4: Path, layout: Layout, swapped: bool) -> None:
+    file = read_gguf(tiny_q4)
+    if swapped:  # the wider type first
+        tensors = dict(file.tensors)
+        for name in BLOCK:
+            first, second = (f"blk.{i}.{name}.weight" for i in range(2))
+            tensors[first], tensors[second] = file.tensors[second], file.tensors[first]
+        file = replace(file, tensors=tensors)
+    model = load(file, layout)
+    mixed = {name for name, weight in matrices(model).items() if len(weight.stacks) == 2}
+    assert mixed == {"attn_v", "ffn_down_exps"}
+    for name, weight in matrices(model).items():
+        for i, values in enumerate(by_layer(weight)):
+            expected = dequantised(file.tensors[f"blk.{i}.{name}.weight"])
+            np.testing.assert_array_equal(values, expected, err_msg=f"{name} {i}")
+    np.testing.assert_array_equal(
+        as_rows(model.embedding.weight.tensor), dequantised(file.tensors["token_embd.weight"])
+    )
+
+
+def test_eight_layers_of_one_type_and_four_of_another_find_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "mini.gguf"
+    write_synthetic(path, "mini", "Q4_K_M")
+    file = read_gguf(path)
+    weight = load(file).attention.v
+    types = [file.tensors[f"blk.{i}.attn_v.weight"].ggml_type for i in range(4)]
+    assert len(set(types)) == 2
+    for i, values in enumerate(by_layer(weight, 4)):
+        np.testing.assert_array_equal(values, dequantised(file.tensors[f"blk.{i}.attn_v.weight"]))
+
+
+def dequantised(tensor: GGUFTensor) -> np.ndarray:
+    by_row = tensor.data.reshape(*tensor.shape[:-1], -1)
+    return gguf.quants.dequantize(by_row, tensor.ggml_type).reshape(tensor.shape)
+
+
+def without(file: GGUFFile, name: str) -> GGUFFile:
+    return replace(file, tensors={n: t for n, t in file.tensors.items() if n != name})
+
+
+def changed(file: GGUFFile, name: str, **changes: object) -> GGUFFile:
+    tensor = replace(file.tensors[name], **changes)  # type: ignore[arg-type]
+    return replace(file, tensors={**file.tensors, name: tensor})
+
+
+NEEDED = [
+    "token_embd.weight",
+    "output_norm.weight",
+    *(f"blk.{i % 2}.{name}.weight" for i, name in enumerate(BLOCK)),
+]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_missing_tensor_is_named(tiny_gguf: Path, name: str) -> None:
+    with pytest.raises(GGUFError, match=f"no tensor '{re.escape(name)}'"):
+        load(without(read_gguf(tiny_gguf), name))
+
+
+@pytest.mark.parametrize("name", [*NEEDED, "output.weight"])
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tiny_gguf: Path, name: str) -> None:
+    file = read_gguf(tiny_gguf)
+    shape = file.tensors[name].shape
+    wrong = (*shape[:-1], shape[-1] // 2)
+    with pytest.raises(GGUFError) as caught:
+        load(changed(file, name, shape=wrong))
+    assert all(part in str(caught.value) for part in (f"'{name}'", str(shape), str(wrong)))
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_k.weight", "output.weight"])
+def test_a_transposed_tensor_is_refused(tiny_gguf: Path, name: str) -> None:
+    file = read_gguf(tiny_gguf)
+    with pytest.raises(GGUFError, match=f"'{re.escape(name)}' must have shape"):
+        load(changed(file, name, shape=file.tensors[name].shape[::-1]))
+
+
+def test_a_tensor_of_an_unknown_type_is_named_with_its_type(tiny_gguf: Path) -> None:
+    file = changed(read_gguf(tiny_gguf), "blk.1.attn_v.weight", ggml_type=GGMLType.IQ1_S)
+    with pytest.raises(GGUFError, match=r"'blk\.1\.attn_v\.weight'.*IQ1_S.*supported are"):
+        load(file)
+    with pytest.raises(GGUFError, match=r"'blk\.1\.attn_v\.weight'"):
+        device_weights_size(file, ModelConfig.from_gguf(file))
+
+
+@pytest.mark.parametrize("quant", ["F32", "Q4_K_M", "Q4_0"])
+def test_the_size_on_the_device_is_known_before_loading(tmp_path: Path, quant: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_synthetic(path, "tiny", quant)
+    file = read_gguf(path)
+    model = load(file)
+    tables = model.attention.cos[...].nbytes + model.attention.sin[...].nbytes
+    held = sum(array.nbytes for array in jax.tree.leaves(nnx.state(model))) - tables
+    assert device_weights_size(file, ModelConfig.from_gguf(file)) == held
+    assert held <= 1.12 * file.tensor_size
+
+
+def test_progress_grows_to_one(tiny_gguf: Path) -> None:
+    shares: list[float] = []
+    file = read_gguf(tiny_gguf)
+    load_model(file, ModelConfig.from_gguf(file), context_length=16, progress=shares.append)
+    assert all(a < b for a, b in pairwise(shares))
+    assert 0 < shares[0] < 1
+    assert shares[-1] == pytest.approx(1)
