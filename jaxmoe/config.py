@@ -83,7 +83,7 @@ class ModelConfig:
             **sizes,
             vocab_size=_read_vocab_size(file),
             norm_eps=file.get_float(f"{arch}.attention.layer_norm_rms_epsilon", low=1e-12, high=0.1),
-            rope_base=file.get_float(f"{arch}.rope.freq_base", low=1.0, high=1e12),
+            rope_base=file.get_float(f"{arch}.rope.freq_base", low=1.001, high=1e12),
             rope_scaling=_read_rope_scaling(file, arch),
             name=file.get_str("general.name", default="") or file.path.stem,
         )

@@ -45,10 +45,10 @@ class Pending(Protocol):
 class StepRunner(Protocol):
     """What the engine asks of the device: `jaxmoe.step.Steps`, or a stand-in without one.
 
-    `admit` comes before the first prefill of a request in a slot; `prefill` and `decode` only launch,
-    and the device runs what is launched in order. A prefill that samples nothing may return None, or a
-    Pending whose `read` returns nothing: then the engine never is more than two chunks ahead of the
-    device. `reset` makes a new, empty cache after a failed step.
+    `admit` comes before the first prefill of a request in a slot; `prefill` and `decode` only launch, and the
+    device runs what is launched in order. Reading a prefill that samples nothing waits for it and returns
+    nothing: so the engine is never more than two chunks ahead of the device. `reset` makes a new, empty cache
+    after a failed step.
     """
 
     num_slots: int
@@ -67,7 +67,7 @@ class StepRunner(Protocol):
         seed: int,
     ) -> None: ...
 
-    def prefill(self, step: Prefill) -> Pending | None: ...
+    def prefill(self, step: Prefill) -> Pending: ...
 
     def decode(self, step: Decode) -> Pending: ...
 
@@ -106,7 +106,7 @@ class Engine:
             page_length=steps.page_length,
             prefill_chunk=prefill_chunk,
         )
-        self._in_flight: tuple[Step, Pending | None] | None = None
+        self._in_flight: tuple[Step, Pending] | None = None
         self._has_called_back = False
         self._thread = threading.Thread(target=self._run, name="jaxmoe-engine", daemon=True)
         # Below: shared with other threads, under this lock.
@@ -230,7 +230,7 @@ class Engine:
         assert step or flown or self._scheduler.is_idle, "requests wait and nothing can be launched"
         try:
             self._in_flight = None if step is None else (step, self._launch(step))
-            tokens = [] if flown is None or flown[1] is None else flown[1].read()
+            tokens = [] if flown is None else flown[1].read()
         except Exception:
             self._fail_running()
         else:
@@ -241,7 +241,7 @@ class Engine:
         if flown is not None or self._has_called_back:
             self._call_after_step()
 
-    def _launch(self, step: Step) -> Pending | None:
+    def _launch(self, step: Step) -> Pending:
         if isinstance(step, Decode):
             return self._steps.decode(step)
         if step.start == 0:

@@ -195,12 +195,12 @@ def weight_tile(w: QuantTensor, index: Index, start: Array | int, width: int) ->
     return w.map(take)
 
 
-def tile_product(x: Sequence[Array], values: Sequence[Array], w: QuantTensor) -> Array:
-    """Product of one row tile with one dequantised weight tile: parts [R, K'] and values -> [R, width]."""
+def tile_product(x: Array, values: Sequence[Array], w: QuantTensor) -> Array:
+    """One row tile [ROW_TILE, K] times the dequantised halves of one weight tile -> [ROW_TILE, width]."""
     contract = ((1,), (_input_axis(w),))
     parts = [
         lax.dot_general(part, value, (contract, ((), ())), precision=lax.Precision.HIGHEST)
-        for part, value in zip(x, values, strict=True)
+        for part, value in zip(halves(x, w), values, strict=True)
     ]
     total = parts[0]
     for part in parts[1:]:
@@ -212,7 +212,6 @@ def matmul(x: Array, w: QuantTensor, index: Index, num_rows: Array | int) -> Arr
     """x [M, K] times the matrix at `index` of `w` -> [M, N] float32; rows past `num_rows` are 0."""
     num_columns = w.shape[-1 if w.layout == "columns" else -2]
     width = column_tile(num_columns)
-    parts = halves(x, w)
 
     def columns(i: Array, out: Array) -> Array:
         # the last tile is moved back so that it fits; what it covers twice is the same value
@@ -220,8 +219,7 @@ def matmul(x: Array, w: QuantTensor, index: Index, num_rows: Array | int) -> Arr
         values = dequantised_halves(weight_tile(w, index, start, width))
 
         def rows(j: Array, out: Array) -> Array:
-            tile = [lax.dynamic_slice_in_dim(part, j * ROW_TILE, ROW_TILE) for part in parts]
-            product = tile_product(tile, values, w)
+            product = tile_product(lax.dynamic_slice_in_dim(x, j * ROW_TILE, ROW_TILE), values, w)
             return lax.dynamic_update_slice(out, product, (j * ROW_TILE, start))
 
         return lax.fori_loop(0, num_tiles(num_rows), rows, out)

@@ -17,7 +17,6 @@ from jaxmoe.layers import (
     by_row_tiles,
     column_tile,
     dequantised_halves,
-    halves,
     matmul,
     tile_product,
     weight_tile,
@@ -76,20 +75,20 @@ def group_by_expert(ids: Array, num_rows: Array, num_experts: int) -> Groups:
 
 
 def grouped_matmul(
-    x: Array,
+    take_rows: Callable[[Array], Array],
     weights: Sequence[tuple[QuantTensor, Array]],
     groups: Groups,
     combine: Callable[..., Array] = lambda y: y,
 ) -> Array:
-    """Each group's rows of x [P, K] times its expert's matrix of every weight, combined -> [P, N] float32.
+    """Each group's rows times its expert's matrix of every weight, combined -> [P, N] float32.
 
-    `weights` are (stack [L, E, ...], index in the stack); `combine` takes one product [R, width] for each.
+    `take_rows(place)` gives the inputs [ROW_TILE, K] of the tile that starts at `place`; `weights` are
+    (stack [L, E, ...], index in the stack); `combine` takes one product [ROW_TILE, width] for each.
     An expert's weights are dequantised once for all of its rows.
     """
     first = weights[0][0]
     num_columns = first.shape[-1 if first.layout == "columns" else -2]
     width = column_tile(num_columns)
-    parts = [halves(x, w) for w, _ in weights]
 
     def expert(i: Array, out: Array) -> Array:
         def columns(j: Array, out: Array) -> Array:
@@ -98,18 +97,16 @@ def grouped_matmul(
             values = [dequantised_halves(tile) for tile in tiles]
 
             def rows(k: Array, out: Array) -> Array:
-                row = (groups.first_tiles[i] + k) * ROW_TILE
-                products = [
-                    tile_product([lax.dynamic_slice_in_dim(p, row, ROW_TILE) for p in part], value, tile)
-                    for part, value, tile in zip(parts, values, tiles, strict=True)
-                ]
-                return lax.dynamic_update_slice(out, combine(*products), (row, start))
+                place = (groups.first_tiles[i] + k) * ROW_TILE
+                x = take_rows(place)
+                products = [tile_product(x, value, tile) for value, tile in zip(values, tiles, strict=True)]
+                return lax.dynamic_update_slice(out, combine(*products), (place, start))
 
             return lax.fori_loop(0, groups.num_tiles[i], rows, out)
 
         return lax.fori_loop(0, -(-num_columns // width), columns, out)
 
-    out = jnp.zeros((x.shape[0], num_columns), jnp.float32)
+    out = jnp.zeros((groups.rows.shape[0], num_columns), jnp.float32)
     return lax.fori_loop(0, groups.num_experts, expert, out)
 
 
@@ -134,10 +131,9 @@ class MoE(nnx.Module):
             ids, weights = self._route(x, num_rows, layer)
             groups = group_by_expert(ids, num_rows, self.config.num_experts)
         with jax.named_scope("gate_up"):
-            gathered = x.at[groups.rows].get(mode="fill", fill_value=0)
-            hidden = self._gate_up(gathered, groups, layer)
+            hidden = self._gate_up(x, groups, layer)
         with jax.named_scope("down"):
-            y = self.down.apply(lambda w, i: grouped_matmul(hidden, ((w, i),), groups), layer)
+            y = self._down(hidden, groups, layer)
         with jax.named_scope("combine"):
             return _combine(y, groups.places, weights)
 
@@ -148,10 +144,22 @@ class MoE(nnx.Module):
         return by_row_tiles(lambda row: route(row, shape[1]), out, (logits,), num_rows)
 
     def _gate_up(self, x: Array, groups: Groups, layer: Array) -> Array:
+        def gather(place: Array) -> Array:
+            rows = lax.dynamic_slice_in_dim(groups.rows, place, ROW_TILE)
+            return x.at[rows].get(mode="fill", fill_value=0)
+
         def with_gate(gate: QuantTensor, i: Array) -> Array:
-            return self.up.apply(lambda up, j: grouped_matmul(x, ((gate, i), (up, j)), groups, swiglu), layer)
+            return self.up.apply(
+                lambda up, j: grouped_matmul(gather, ((gate, i), (up, j)), groups, swiglu), layer
+            )
 
         return self.gate.apply(with_gate, layer)
+
+    def _down(self, hidden: Array, groups: Groups, layer: Array) -> Array:
+        def tile(place: Array) -> Array:
+            return lax.dynamic_slice_in_dim(hidden, place, ROW_TILE)
+
+        return self.down.apply(lambda w, i: grouped_matmul(tile, ((w, i),), groups), layer)
 
 
 def _combine(y: Array, places: Array, weights: Array) -> Array:

@@ -85,7 +85,8 @@ def penalised(logits: Array, row: SamplingRow) -> Array:
 
 def draw(logits: Array, row: SamplingRow) -> Array:
     """A random id of logits [V] after temperature, top_k, top_p and min_p, by the Gumbel-max trick."""
-    scaled = logits / row.temperature
+    # from the largest down: a tiny temperature then makes -inf of the others, never inf of several
+    scaled = (logits - jnp.max(logits)) / row.temperature
     scaled = lax.cond(row.top_k > 0, _keep_top_k, lambda x, _: x, scaled, row.top_k)
     nucleus = (row.top_p < 1) | (row.min_p > 0)
     scaled = lax.cond(nucleus, _keep_nucleus, lambda x, *_: x, scaled, row.top_p, row.min_p)

@@ -132,7 +132,7 @@ def load_model(
             bar.update(size)
             progress(loaded / total)
 
-        loader = _Loader(layout or default_layout(), threads, advance)
+        loader = _Loader(layout or default_layout(), threads, file.check_unchanged, advance)
         return _decoder(tensors, config, loader, context_length)
 
 
@@ -159,10 +159,12 @@ class _Loader:
 
     layout: Layout
     threads: ThreadPoolExecutor
+    check_unchanged: Callable[[], None]
     advance: Callable[[int], None]
 
     def host(self, tensor: GGUFTensor, layout: Layout) -> QuantTensor:
         """The tensor in the device format, still on the host."""
+        self.check_unchanged()
         out = empty(tensor.ggml_type, tensor.shape, layout)
         *lead, num_rows, _ = tensor.shape
         pieces = prod(lead) if lead else -(-num_rows // _ROWS_A_TASK)
@@ -198,6 +200,7 @@ class _Loader:
     def numbers(self, tensors: list[GGUFTensor]) -> Array:
         """Small vectors of all layers, dequantised, [L, width] float32."""
         packed = [pack(t.ggml_type, t.data, (1, *t.shape), "rows") for t in tensors]
+        self.advance(sum(tensor.size for tensor in tensors))
         return jnp.concatenate([jnp.asarray(dequantise(tensor)) for tensor in packed])
 
 

@@ -118,6 +118,8 @@ def _around_requests(inner: App, service: Service) -> App:
     """The app with an end for every request: whatever happens inside, its generations end with it."""
 
     async def app(scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1000})
         if scope["type"] != "http":
             return await inner(scope, receive, send)
         call = Call(uuid4().hex)

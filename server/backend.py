@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final, Literal
 
@@ -65,7 +66,8 @@ class Backend:
                 return
             except Exception as error:
                 self.fail(error)
-                loop.call_soon_threadsafe(on_failure)
+                with suppress(RuntimeError):  # the loop is closed: the process ends anyway
+                    loop.call_soon_threadsafe(on_failure)
 
         self._thread = threading.Thread(target=load, name="jaxmoe-load", daemon=True)
         self._thread.start()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxmoe.model import Decoder
     from jaxmoe.step import Steps
 
-# JAX reads these when it is first imported, here and in the servers that tests start: every conversion is written
+# JAX reads these when it is first imported, here and in the servers that tests start
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 

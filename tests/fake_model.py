@@ -44,7 +44,6 @@ def fake_llm(
         page_length=16,
         context_length=1024,
         rule=rule,
-        blocking_prefill=True,
     )
     if step_seconds:
         steps.on_read = lambda number: time.sleep(step_seconds)

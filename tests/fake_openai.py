@@ -1,7 +1,8 @@
 """A small OpenAI-compatible app with nothing of jaxmoe in it, for the tests of tools.discharge.
 
-With FAKE_PLAIN in the environment it knows nothing beyond the OpenAI API. Ids are a hash of all ids before them and of the seed. Slots, a queue, pages, prefill chunks and decode
-steps are counted and take time, so that every gate has something to measure.
+Ids are a hash of all ids before them and of the seed. Slots, a queue, pages, prefill chunks and decode
+steps are counted and take time, so that every gate has something to measure. With FAKE_PLAIN in the
+environment it knows nothing beyond the OpenAI API.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from zlib import crc32
 
 STEP_SECONDS, CHUNK_SECONDS = 0.001, 0.01
-SLOTS, PAGES, PAGE_LENGTH, CHUNK_LENGTH, CONTEXT = 6, 400, 64, 512, 1024
+SLOTS, PAGES, PAGE_LENGTH, CHUNK_LENGTH, CONTEXT = 6, 800, 64, 512, 4096
 WORDS = (
     " the",
     " rain",
@@ -106,6 +107,8 @@ def submit(body: dict[str, Any]) -> Job:
         prompt_ids = body["prompt"]
         if PLAIN:
             raise ValueError("prompt must be a string")
+    if any(int(token_id) >= len(PIECES) for token_id in body.get("logit_bias") or ()):
+        raise ValueError("logit_bias names a token that is not there")
     left = CONTEXT - len(prompt_ids)
     if left < (body.get("max_tokens") or 1):
         raise ValueError(f"{len(prompt_ids)} tokens leave no room for {body.get('max_tokens')}")
@@ -192,7 +195,7 @@ async def answer(send: Any, status: int, payload: dict[str, Any]) -> None:
 
 def get(path: str) -> dict[str, Any]:
     if path == "/v1/models":
-        return {"data": [{"id": "fake"}]}
+        return {"data": [{"id": "fake", "max_model_len": CONTEXT}]}
     used = sum(job.pages for job in running if not job.gone)
     active = sum(not job.gone for job in running)
     queued = sum(not job.gone for job in waiting)

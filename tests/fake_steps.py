@@ -59,8 +59,7 @@ class FakePending:
 class FakeSteps:
     """Runs each step when it is launched; `on_launch(number)` and `on_read(number)` come first.
 
-    Steps are numbered from 0; both hooks may block or raise. `blocking_prefill` makes a prefill that
-    samples nothing return something to read.
+    Steps are numbered from 0; both hooks may block or raise.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class FakeSteps:
         page_length: int = 4,
         context_length: int = 128,
         rule: Rule = scramble,
-        blocking_prefill: bool = True,
     ) -> None:
         self.num_slots = num_slots
         self.num_pages = num_pages
@@ -79,7 +77,6 @@ class FakeSteps:
         self.context_length = context_length
         self.vocab_size = VOCAB_SIZE
         self.rule = rule
-        self.blocking_prefill = blocking_prefill
         self.log: list[tuple[str, int]] = []
         self.launched: list[Prefill | Decode] = []
         self.admitted: list[Occupant] = []
@@ -110,7 +107,7 @@ class FakeSteps:
         self.admitted.append(occupant)
         self._slots[slot] = occupant
 
-    def prefill(self, step: Prefill) -> FakePending | None:
+    def prefill(self, step: Prefill) -> FakePending:
         number = self._launch(step)
         occupant = self._occupant(step.slot)
         assert step.token_ids
@@ -121,7 +118,7 @@ class FakeSteps:
         for token_id in step.token_ids:
             self._write(step.slot, token_id)
         if not step.is_last:
-            return FakePending(self, number, []) if self.blocking_prefill else None
+            return FakePending(self, number, [])
         assert self._read_back(step.slot) == whole
         return FakePending(self, number, [self._sample(step.slot)])
 

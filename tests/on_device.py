@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -88,8 +89,8 @@ class Forward:
             return model.logits(hidden, count), cache
 
         self.bucket = bucket
-        self._run = lambda *args: run(leaves, *args)
-        self._empty = lambda: KVCache.empty(config, num_pages, PAGE_LENGTH, "float32")
+        self._run = partial(run, leaves)
+        self._empty = partial(KVCache.empty, config, num_pages, PAGE_LENGTH, "float32")
 
     def __call__(self, token_ids: Sequence[int], chunks: Iterable[int] | None = None) -> np.ndarray:
         """[T, V]; without `chunks` (their lengths) in as few as there can be."""
@@ -163,7 +164,13 @@ class Player:
         self.free += self.pages.pop(slot)
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, num_tokens: int, *, slot: int = 0, **how: object
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        num_tokens: int,
+        *,
+        slot: int = 0,
+        **how: object,
     ) -> list[SampledToken]:
         """All tokens of a request that runs alone."""
         tokens = [self.start(slot, prompt_ids, params, **how)]  # type: ignore[arg-type]

@@ -70,7 +70,9 @@ async def test_a_stream_is_read_however_it_is_cut(cut: int, size: int) -> None:
 
 @pytest.mark.parametrize("headers", ["Content-Length: {}", "Connection: close"])
 async def test_a_whole_response_is_read(headers: str) -> None:
-    body = json.dumps({"choices": [{"message": {"content": "x"}}], "usage": {"completion_tokens": 1}}).encode()
+    body = json.dumps(
+        {"choices": [{"message": {"content": "x"}}], "usage": {"completion_tokens": 1}}
+    ).encode()
     async with server_that_says(response(body, headers.format(len(body))), 3) as client:
         reply = await client.complete(ASK)
     assert (reply.text, reply.completion_tokens, reply.prompt_tokens, reply.token_ids) == ("x", 1, None, [])
@@ -127,7 +129,7 @@ async def test_the_connection_closes_after_so_many_tokens_or_when_the_task_is_ca
         await asyncio.wait_for(closed.get(), 5)
         record = StreamRecord()
         task = asyncio.create_task(client.stream(ASK, record))
-        while not record.chunks:
+        while not record.chunks:  # noqa: ASYNC110 - nothing else tells that a chunk has come
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.wait_for(closed.get(), 5)
@@ -140,7 +142,11 @@ def test_role_finish_and_usage_are_not_tokens_and_reasoning_is() -> None:
     thought = {"choices": [{"delta": {"reasoning_content": "hm"}, "token_ids": [1]}]}
     spoken = {"choices": [{"text": "x", "token_ids": [2, 3], "finish_reason": None}]}
     finish = {"choices": [{"delta": {}, "token_ids": [4], "finish_reason": "stop"}]}
-    usage = {"choices": [], "usage": {"completion_tokens": 4}, "timings": {"predicted_n": 4, "predicted_ms": 6}}
+    usage = {
+        "choices": [],
+        "usage": {"completion_tokens": 4},
+        "timings": {"predicted_n": 4, "predicted_ms": 6},
+    }
     record = StreamRecord()
     for at, payload in enumerate((role, thought, spoken, finish, usage)):
         record.add(at, json.dumps(payload))

@@ -299,14 +299,6 @@ def test_each_step_is_launched_before_the_one_ahead_of_it_is_read(make: Make) ->
     assert bench.steps.log == [("launch", 0), *ahead, ("read", num_steps - 1)]
 
 
-def test_prefills_with_nothing_to_read_are_passed_over(make: Make) -> None:
-    bench = make(blocking_prefill=False)
-    clients = [bench.submit(20, max_tokens=6) for _ in range(3)]
-    bench.run()
-    for client in clients:
-        assert client.token_ids == bench.expected(client, 6)
-
-
 def test_after_step_is_called_once_a_step_after_its_tokens(make: Make) -> None:
     bench = make()
     client = bench.submit(max_tokens=5)
@@ -382,11 +374,8 @@ def test_a_request_cancelled_in_the_queue_never_touches_the_device(make: Make) -
     assert third.token_ids == bench.expected(third, 6)
 
 
-@pytest.mark.parametrize("blocking_prefill", [True, False])
-def test_a_request_cancelled_between_prefill_chunks_does_no_further_work(
-    make: Make, blocking_prefill: bool
-) -> None:
-    bench = make(prefill_chunk=4, blocking_prefill=blocking_prefill)
+def test_a_request_cancelled_between_prefill_chunks_does_no_further_work(make: Make) -> None:
+    bench = make(prefill_chunk=4)
     client = bench.submit(40, max_tokens=6)
     bench.steps.on_launch = lambda number: bench.cancel(client) if number == 2 else None
     bench.run()

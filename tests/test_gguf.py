@@ -277,6 +277,23 @@ def test_only_regular_files_are_opened(tmp_path: Path, write: Callable[..., Path
     assert "first" in read_gguf(link).tensors
 
 
+def test_a_pipe_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
+    refused(tmp_path / "pipe.gguf")
+
+
+def test_a_pipe_put_in_the_files_place_does_not_block(
+    tmp_path: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regular = os.stat(write(GOOD))
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxmoe.gguf.os.stat", lambda _: regular)
+        error = refused(tmp_path / "pipe.gguf")
+    assert "not a regular file" in error.what
+
+
 def test_a_file_cut_after_opening_is_noticed(write: Callable[..., Path]) -> None:
     path = write(GOOD)
     file = read_gguf(path)
@@ -421,6 +438,16 @@ def test_split_parts_must_agree(tmp_path: Path) -> None:
     assert "'split.no' must be 2: it is missing" in refused(first).what
     third.write_bytes(whole(split_keys(2, 4, 2), [tensor("b", [3])], 12))
     assert "'split.count' must be 3: got 4" in refused(first).what
+
+
+def test_split_parts_share_the_cap_on_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_split(tmp_path)  # 5 strings and twice 4
+    monkeypatch.setattr("jaxmoe.gguf.MAX_STRINGS", 13)
+    read_gguf(first)
+    monkeypatch.setattr("jaxmoe.gguf.MAX_STRINGS", 12)
+    error = refused(first)
+    assert error.path.name == "m-00003-of-00003.gguf"
+    assert "the strings to" in error.what
 
 
 def test_a_hostile_part_count_is_refused(write: Callable[..., Path]) -> None:

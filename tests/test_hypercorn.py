@@ -58,7 +58,11 @@ class Process:
             return None
 
     def wait_for(self, **wanted: Any) -> dict[str, Any]:
-        for _ in range(3000):
+        return self.wait(30, **wanted)
+
+    def wait(self, seconds: float, **wanted: Any) -> dict[str, Any]:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
             health = self.health()
             if health is not None and {**health, **wanted} == health:
                 return health
@@ -67,7 +71,8 @@ class Process:
         raise AssertionError(f"waited for {wanted}, got {health}")
 
     def wait_idle(self) -> None:
-        self.wait_for(running=0, waiting=0, free_pages=256)
+        """Well before 900 tokens in steps of 20 ms would be made."""
+        self.wait(12, running=0, waiting=0, free_pages=256)
 
     def end(self, seconds: float = 20) -> tuple[int, str]:
         """Exit status and output."""
@@ -101,7 +106,7 @@ def hypercorn(model: Path, *options: str, **environment: str) -> Iterator[Proces
 
 @pytest.fixture(scope="module")
 def server(tiny_gguf: Path) -> Iterator[Process]:
-    with hypercorn(tiny_gguf, FAKE_STEP_SECONDS="0.005", FAKE_WRITE_SECONDS="1") as process:
+    with hypercorn(tiny_gguf, FAKE_STEP_SECONDS="0.02") as process:
         process.wait_for(status="ok")
         yield process
 
@@ -163,18 +168,16 @@ def test_a_client_that_leaves_frees_everything(server: Process, moment: float | 
 @pytest.fixture(scope="module")
 def verbose_server(tiny_gguf: Path) -> Iterator[Process]:
     """Every chunk is so long that a client which reads nothing is noticed at once."""
-    environment = {"FAKE_STEP_SECONDS": "0.02", "FAKE_WRITE_SECONDS": "0.3", "JAXMOE_MODEL_ID": "m" * 50_000}
+    environment = {"FAKE_STEP_SECONDS": "0.025", "FAKE_WRITE_SECONDS": "2", "JAXMOE_MODEL_ID": "m" * 50_000}
     with hypercorn(tiny_gguf, **environment) as process:
         process.wait_for(status="ok")
         yield process
 
 
 def test_a_client_that_reads_nothing_is_given_up(verbose_server: Process) -> None:
-    started_at = time.perf_counter()
     connections = [post(verbose_server, {**LONG, "n": 4}, receive_buffer=2048) for _ in range(4)]
     verbose_server.wait_for(running=16)
     verbose_server.wait_idle()
-    assert time.perf_counter() - started_at < 12, "it ran for all of its 900 tokens"
     for connection in connections:
         connection.close()
 
@@ -252,13 +255,11 @@ def test_http2_closed_connection_frees_everything(server: Process) -> None:
 
 
 def test_http2_client_that_takes_nothing_is_given_up(verbose_server: Process) -> None:
-    started_at = time.perf_counter()
     connection = Http2(verbose_server, window=1000)
     for _ in range(4):
         connection.post({**LONG, "n": 4})
     verbose_server.wait_for(running=16)
     verbose_server.wait_idle()
-    assert time.perf_counter() - started_at < 12, "it ran for all of its 900 tokens"
     connection.socket.close()
 
 

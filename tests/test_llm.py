@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def ids_of(events: list[Event]) -> list[int]:
 
 
 async def wait_idle(llm: LLM) -> None:
-    for _ in range(20_000):
+    """Well before a generation of 900 tokens in steps of 20 ms would end by itself."""
+    end = time.perf_counter() + 6
+    while time.perf_counter() < end:
         stats = llm.stats()
         if not (stats.running or stats.waiting) and stats.free_pages == stats.total_pages:
             return
@@ -189,6 +192,12 @@ def test_an_end_token_after_half_a_character_rides_behind_it(llm: LLM) -> None:
     assert [(event.text, event.token_ids) for event in events] == [("\ufffd", tuple(ids)), ("", (END,))]
 
 
+def test_an_ignored_end_token_does_not_split_a_character(llm: LLM) -> None:
+    first, *rest = llm.tokenizer.encode("好", parse_special=False)
+    events = play(llm.tokenizer, [first, END, *rest], ignore_eos=True)
+    assert [(event.text, event.token_ids) for event in events] == [("好", (first, END, *rest)), ("", ())]
+
+
 ids_lists = st.lists(st.integers(0, 511), max_size=30)
 
 
@@ -283,10 +292,11 @@ async def test_one_wake_up_a_step_for_all_requests(tiny_gguf: Path) -> None:
             del loop.call_soon_threadsafe
         steps = len(llm.steps.launched)  # type: ignore[attr-defined]
         assert 20 <= len(woken) <= steps
+        assert not llm._fresh
 
 
 async def test_cancel_frees_slot_and_pages_and_is_idempotent(tiny_gguf: Path) -> None:
-    with fake_llm(tiny_gguf, step_seconds=0.002, num_slots=2) as llm:
+    with fake_llm(tiny_gguf, step_seconds=0.02, num_slots=2) as llm:
         loop, params = asyncio.get_running_loop(), SamplingParams(max_tokens=900, ignore_eos=True)
         generations = [llm.submit(PROMPT, params, loop=loop, n=2) for _ in range(3)]
         await generations[0].next_events()
@@ -335,9 +345,9 @@ async def test_nothing_arrives_in_time(tiny_gguf: Path) -> None:
 
 async def test_submit_says_what_is_wrong_and_leaves_nothing_behind(tiny_gguf: Path) -> None:
     with fake_llm(
-        tiny_gguf, num_slots=1, step_seconds=0.005, engine_config=EngineConfig(max_waiting=1)
+        tiny_gguf, num_slots=1, step_seconds=0.02, engine_config=EngineConfig(max_waiting=1)
     ) as llm:
-        loop, params = asyncio.get_running_loop(), SamplingParams(max_tokens=500, ignore_eos=True)
+        loop, params = asyncio.get_running_loop(), SamplingParams(max_tokens=900, ignore_eos=True)
         for ids, wanted, param in (
             ((), SEEDED, "prompt"),
             ((512,), SEEDED, "prompt"),

@@ -70,7 +70,8 @@ async def server(tiny_gguf: Path) -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def slow_server(tiny_gguf: Path) -> AsyncIterator[Server]:
-    async with serving(fake_llm(tiny_gguf, step_seconds=0.003)) as running:
+    """LONG takes 9 seconds here."""
+    async with serving(fake_llm(tiny_gguf, step_seconds=0.01)) as running:
         yield running
 
 
@@ -157,10 +158,10 @@ async def test_choices_are_interleaved_and_carry_their_index(slow_server: Server
 
 
 async def test_the_first_chunk_leaves_before_the_last_token_is_made(slow_server: Server) -> None:
-    exchange = await slow_server.open({**LONG, "stream": True, "max_tokens": 200}).first_write()
-    assert len(slow_server.steps.launched) < 50
+    exchange = await slow_server.open({**LONG, "stream": True, "max_tokens": 100}).first_write()
+    assert len(slow_server.steps.launched) < 30
     await exchange.end()
-    assert len(exchange.writes) > 50
+    assert len(exchange.writes) > 30
 
 
 async def test_the_end_token_rides_on_the_finishing_chunk(tiny_gguf: Path) -> None:
@@ -432,7 +433,7 @@ async def test_too_long_says_both_numbers(server: Server) -> None:
 
 
 async def test_a_full_queue_is_a_429_and_leaves_nothing_behind(tiny_gguf: Path) -> None:
-    llm = fake_llm(tiny_gguf, num_slots=1, step_seconds=0.003, engine_config=EngineConfig(max_waiting=2))
+    llm = fake_llm(tiny_gguf, num_slots=1, step_seconds=0.01, engine_config=EngineConfig(max_waiting=2))
     async with serving(llm) as server:
         exchange = await server.open({**LONG, "stream": True}).first_write()
         refused = await server.ask({**HELLO, "n": 3})
@@ -518,8 +519,8 @@ async def test_a_dead_engine_ends_the_process(
 async def test_a_client_that_leaves_frees_everything(
     slow_server: Server, stream: bool, moment: float
 ) -> None:
-    # Four run and two wait; the long prompt is prefilled in two chunks.
-    prompt = {"prompt": [1] * 600, "max_tokens": 400, "ignore_eos": True}
+    # Four run and two wait, which takes 8 seconds; the long prompt is prefilled in two chunks.
+    prompt = {"prompt": [1] * 600, "max_tokens": 420, "ignore_eos": True}
     exchanges = [slow_server.open({**prompt, "stream": stream}, COMPLETIONS) for _ in range(6)]
     await asyncio.sleep(moment)
     for exchange in exchanges:
@@ -536,7 +537,6 @@ async def test_leaving_while_the_body_arrives_is_not_overheard(slow_server: Serv
         exchange.leave()
         await exchange.end()
     await slow_server.wait_idle()
-    assert len(slow_server.steps.launched) < 200
 
 
 async def test_a_stream_that_was_never_started_is_cancelled(slow_server: Server) -> None:
@@ -549,7 +549,7 @@ async def test_a_stream_that_was_never_started_is_cancelled(slow_server: Server)
 
 
 async def test_a_client_that_takes_nothing_is_given_up(tiny_gguf: Path) -> None:
-    llm = fake_llm(tiny_gguf, step_seconds=0.003)
+    llm = fake_llm(tiny_gguf, step_seconds=0.01)
     async with serving(llm, replace(Settings(), write_seconds=0.05)) as server:
         exchange = await server.open({**LONG, "stream": True}).first_write()
         exchange.may_write.clear()
@@ -577,7 +577,7 @@ async def test_shutdown_ends_streams_with_an_error(tiny_gguf: Path, monkeypatch:
         stopped.append(on_stop)
 
     monkeypatch.setattr(lifetime, "watch", watch)
-    llm = fake_llm(tiny_gguf, step_seconds=0.003)
+    llm = fake_llm(tiny_gguf, step_seconds=0.01)
     async with serving(llm, Settings(grace_seconds=0.05)) as server:
         streamed = await server.open({**LONG, "stream": True}).first_write()
         whole = server.open(LONG)
@@ -590,6 +590,16 @@ async def test_shutdown_ends_streams_with_an_error(tiny_gguf: Path, monkeypatch:
         assert streamed.frames[-1] == "[DONE]"
         assert json.loads(streamed.frames[-2])["error"]["message"] == "the server is shutting down"
         assert whole.status == 503
+
+
+async def test_websockets_are_refused(server: Server) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await server.app({"type": "websocket", "path": CHAT}, asyncio.Queue().get, send)  # type: ignore[typeddict-item,arg-type]
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 # Access.

@@ -47,9 +47,7 @@ def alone(tiny_steps: Steps) -> list[SampledToken]:
         pytest.param([1] * 300, id="token by token"),
     ],
 )
-def test_chunks_do_not_change_a_bit(
-    tiny_steps: Steps, alone: list[SampledToken], chunks: list[int]
-) -> None:
+def test_chunks_do_not_change_a_bit(tiny_steps: Steps, alone: list[SampledToken], chunks: list[int]) -> None:
     assert Player(tiny_steps).generate(PROMPT, RANDOM, NUM_TOKENS, chunks=chunks) == alone
 
 
@@ -93,7 +91,9 @@ def test_scattered_pages_and_another_slot_do_not_change_a_bit(
     assert Player(tiny_steps, pages).generate(PROMPT, RANDOM, NUM_TOKENS, slot=11) == alone
 
 
-def test_pages_that_others_left_full_do_not_change_a_bit(tiny_steps: Steps, alone: list[SampledToken]) -> None:
+def test_pages_that_others_left_full_do_not_change_a_bit(
+    tiny_steps: Steps, alone: list[SampledToken]
+) -> None:
     player = Player(tiny_steps)
     for slot in range(10):
         player.start(slot, prompt_of(320, seed=slot), GREEDY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from tools.synth_gguf import (
     TensorPlan,
     main,
     plan_tensors,
+    pool_length,
     random_blocks,
     write_synthetic,
 )
@@ -152,6 +153,15 @@ def test_pooled_tensors_differ_in_every_row(tmp_path: Path, monkeypatch: pytest.
     for plan in wanted:
         if not plan.is_norm:
             assert values(file.tensors[plan.name]).std() == pytest.approx(plan.spread, rel=0.35), plan.name
+
+
+@pytest.mark.parametrize("quant", FILE_TYPES)
+def test_a_pool_is_long_enough_for_every_row_of_the_30b(quant: str) -> None:
+    for plan in plans("30b", quant).values():
+        if not plan.is_norm:
+            length = pool_length(plan.ggml_type)
+            blocks_per_row = plan.num_blocks // plan.num_rows
+            assert plan.num_rows <= length // gcd(length, blocks_per_row), plan.name
 
 
 @pytest.mark.parametrize("ggml_type", [t for t in T if t.name in FILE_TYPES])

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.gguf import GGUFError, GGUFFile, GGUFTensor, read_gguf
+from jaxmoe.gguf import GGUFError, GGUFFile, GGUFTensor, Value, read_gguf
 from jaxmoe.layers import StackedWeight
 from jaxmoe.model import Decoder
 from jaxmoe.quants import Layout, QuantTensor, dequantise
@@ -27,7 +27,7 @@ from tools.synth_gguf import write_synthetic
 LAYOUTS: tuple[Layout, ...] = ("rows", "columns")
 
 # the tiny network: D = F = 256, N x H = 256, K x H = 128, E = 8, V = 512, two layers
-BLOCK = {
+BLOCK: dict[str, tuple[int, ...]] = {
     "attn_k": (128, 256),
     "attn_k_norm": (64,),
     "attn_norm": (256,),
@@ -49,7 +49,7 @@ def load(file: GGUFFile, layout: Layout | None = None) -> Decoder:
 
 def counted(tied: bool) -> dict[str, np.ndarray]:
     """What a file of counting numbers has in it: element k is k, in file order."""
-    shapes = {} if tied else {"output": (512, 256)}
+    shapes: dict[str, tuple[int, ...]] = {} if tied else {"output": (512, 256)}
     shapes |= {"output_norm": (256,), "token_embd": (512, 256)}
     shapes |= {f"blk.{i}.{name}": shape for i in range(2) for name, shape in BLOCK.items()}
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
@@ -75,11 +75,14 @@ def as_rows(tensor: QuantTensor) -> Array:
 
 
 def matrices(model: Decoder) -> dict[str, StackedWeight]:
-    attention, moe = model.attention, model.moe
+    attention = {"q": model.attention.q, "k": model.attention.k, "v": model.attention.v}
+    experts = {"gate": model.moe.gate, "up": model.moe.up, "down": model.moe.down}
     return {
-        "attn_q": attention.q, "attn_k": attention.k, "attn_v": attention.v, "attn_output": attention.output,
-        "ffn_gate_inp": moe.router, "ffn_gate_exps": moe.gate, "ffn_up_exps": moe.up, "ffn_down_exps": moe.down,
-    }  # fmt: skip
+        **{f"attn_{name}": weight for name, weight in attention.items()},
+        **{f"ffn_{name}_exps": weight for name, weight in experts.items()},
+        "attn_output": model.attention.output,
+        "ffn_gate_inp": model.moe.router,
+    }
 
 
 def norms(model: Decoder) -> dict[str, np.ndarray]:
@@ -91,7 +94,9 @@ def norms(model: Decoder) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def counting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[GGUFFile, bool]:
+def counting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GGUFFile, bool]:
     path = tmp_path_factory.mktemp("counting") / "counting.gguf"
     write_synthetic(path, "tiny", "F32", values="counting", tied=request.param)
     return read_gguf(path), request.param
@@ -228,3 +233,17 @@ def test_progress_grows_to_one(tiny_gguf: Path) -> None:
     assert all(a < b for a, b in pairwise(shares))
     assert 0 < shares[0] < 1
     assert shares[-1] == pytest.approx(1)
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="config.py lets these through")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope.freq_base", 1.0), ("rope.scaling.yarn_beta_fast", 0.0), ("rope.scaling.yarn_beta_slow", 0.0)],
+)
+def test_a_rope_that_would_divide_by_zero_is_refused_by_name(tmp_path: Path, key: str, value: float) -> None:
+    keys: dict[str, Value] = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    keys |= {"rope.scaling.original_context_length": 256, key: value}
+    path = tmp_path / "tiny.gguf"
+    write_synthetic(path, "tiny", "F16", metadata={f"qwen3moe.{name}": given for name, given in keys.items()})
+    with pytest.raises(GGUFError, match=re.escape(key)):
+        load(read_gguf(path))

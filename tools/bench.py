@@ -3,20 +3,24 @@
 `python -m tools.bench MODEL.gguf [--what decode,prefill,http_decode,http_ttft,startup] [--streams 1,4,8]
 [--prompt-tokens 128,512] [--context N] [--new-tokens N] [--repeats N] [--out FILE.json]`
 
-Every figure is the median over the repeats, each with prompts of its own: random ids, another prompt for every
-stream. A first round with few tokens warms up and is not counted. Sampling is greedy and goes on past end
-tokens. Other settings of the engine come from the environment (JAXMOE_CACHE_SIZE ...), as for the server.
+Every figure is the median over the repeats. Prompts are random ids, others for each stream and each repeat; a
+first round with few tokens warms up and is not counted. Sampling is greedy and goes on past end tokens. Other
+settings of the engine come from the environment (JAXMOE_CACHE_SIZE ...), as they do for the server.
 
 - decode, http_decode: tokens per second of all streams together, and milliseconds between a stream's tokens,
-  while all streams decode. The first tokens' times are in ttft_ms.
+  while all streams decode; ttft_ms is from the same streams.
 - prefill: prompt tokens per second until every stream has its first token; http_ttft: that time alone.
-- startup: the load in this process; compile_s is without the persistent compilation cache, unless
-  JAX_COMPILATION_CACHE_DIR names one.
-- gb_per_s: bytes of weights in the file that the steps must read, per second; device_gb_per_s: the same weights
-  in the device's format. KV cache and activations are left out. A batch of B tokens is expected to meet
-  E * (1 - (1 - A/E)^B) experts a layer. floor_share is gb_per_s over the memory's copying speed, measured in
-  the same run: 1 would be the floor. Long prompts are bound by arithmetic, so their share is small.
-- context is the longest context that the engine was compiled for, not what a stream had in its cache.
+- startup: the load in this process, with JAX's own start in load_s; compile_s is without the persistent
+  compilation cache, unless JAX_COMPILATION_CACHE_DIR names one; host_peak_bytes is the highest RssAnon, read
+  every 10 ms (VmHWM would count the mapped file's pages, which are the page cache's); device_bytes is what
+  the device says is in use, or the size of all live arrays where it does not say.
+- gb_per_s: bytes of weights, as in the file, that the steps must read, per second; device_gb_per_s: the same
+  weights in the device's format. KV cache and activations are left out. B tokens are expected to meet
+  E * (1 - (1 - A/E)^B) experts a layer. floor_share is gb_per_s over the speed of a large copy (bytes read
+  plus written, measured in the same run): 1 is the floor. Long prompts are bound by arithmetic, not by this.
+- context is the longest context that the engine was built for, not what a stream had in its cache.
+
+Exit status: 0 all measured, 1 something was not; a row that could not be measured says why in `failed`.
 """
 
 from __future__ import annotations
@@ -28,11 +32,11 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from random import Random
@@ -46,7 +50,7 @@ import numpy as np
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFFile, read_gguf
 from jaxmoe.quants import device_size
-from jaxmoe.request import FinishReason, Request, SamplingParams
+from jaxmoe.request import FinishReason, Request, RequestError, SamplingParams
 from server.settings import read_settings
 from tools.client import Client, ProtocolError, ServerError, StreamRecord
 from tools.environment import host_name, read_environment
@@ -69,7 +73,7 @@ TTFT_TOKENS = 8
 
 
 class BenchError(Exception):
-    """A measurement that cannot be taken; the message says what to change, or what went wrong."""
+    """A row that cannot be measured; the message says what to change, or what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,12 @@ class Room:
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of a case, on an engine with a context of that length."""
+    """The figures of a case on an engine with a context of that length, or why there are none."""
 
     case: Case
     context_length: int
     figures: Figures
+    failed: str | None = None
 
 
 # --- The weights that a step reads.
@@ -154,6 +159,14 @@ class Weights:
         lengths = [min(chunk, prompt_tokens - start) for start in starts]
         return sum(self.step_size(length, samples=False) for length in lengths) + self.output
 
+    def decode_token_size(self, case: Case, _: int) -> float:
+        """Bytes to read for each token of a decode step."""
+        return self.step_size(case.streams) / case.streams
+
+    def prefill_token_size(self, case: Case, chunk: int) -> float:
+        """Bytes to read for each token of a prompt."""
+        return self.prompt_size(case.prompt_tokens, chunk) / case.prompt_tokens
+
 
 def file_sizes(file: GGUFFile) -> dict[str, int]:
     """Bytes of each tensor in the file."""
@@ -163,14 +176,6 @@ def file_sizes(file: GGUFFile) -> dict[str, int]:
 def device_sizes(file: GGUFFile) -> dict[str, int]:
     """Bytes of each tensor in the device's format."""
     return {tensor.name: device_size(tensor.ggml_type, tensor.shape) for tensor in file.tensors.values()}
-
-
-def _decode_bytes(weights: Weights, case: Case, _: int) -> float:
-    return weights.step_size(case.streams) / case.streams
-
-
-def _prefill_bytes(weights: Weights, case: Case, chunk: int) -> float:
-    return weights.prompt_size(case.prompt_tokens, chunk) / case.prompt_tokens
 
 
 # --- From arrival times to figures.
@@ -196,13 +201,15 @@ class Timed:
 
     @property
     def gaps_ms(self) -> list[float]:
-        times = [at for at, _ in self.arrivals]
-        return [1000 * (late - early) for early, late in zip(times, times[1:], strict=False)]
+        return [1000 * (late - early) for (early, _), (late, _) in pairwise(self.arrivals)]
+
+    @property
+    def last(self) -> float:
+        return self.arrivals[-1][0]
 
     @property
     def tok_per_s(self) -> float:
-        num_tokens = sum(count for _, count in self.arrivals[1:])
-        return num_tokens / (self.arrivals[-1][0] - self.first)
+        return sum(count for _, count in self.arrivals[1:]) / (self.last - self.first)
 
     def between(self, start: float, end: float) -> Timed:
         """The stream with only the arrivals from `start` to `end`."""
@@ -212,9 +219,9 @@ class Timed:
 def decode_figures(streams: Sequence[Timed], prompt_tokens: int) -> Figures:
     """While all streams decode: from the last stream's first token to the first stream's last one."""
     start = max(stream.first for stream in streams)
-    end = min(stream.arrivals[-1][0] for stream in streams)
+    end = min(stream.last for stream in streams)
     steady = [stream.between(start, end) for stream in streams]
-    if any(len(stream.arrivals) < 2 for stream in steady):
+    if any(not stream.arrivals or stream.first == stream.last for stream in steady):
         raise BenchError("the streams hardly ran at the same time; more --new-tokens may help")
     gaps = [gap for stream in steady for gap in stream.gaps_ms]
     return {
@@ -252,20 +259,20 @@ def medians(rounds: Sequence[Figures]) -> Figures:
 class Kind:
     """How one of `--what` is measured: over HTTP or not, for how many tokens, and what is read from it.
 
-    `max_tokens` None means new_tokens while all streams decode; `token_bytes` takes weights, case and prefill
-    chunk and gives the bytes to read for each counted token.
+    `max_tokens` None means new_tokens while all streams decode; `token_size` takes weights, case and prefill
+    chunk and gives the bytes to read for each token.
     """
 
     over_http: bool
     max_tokens: int | None
     figures: Callable[[Sequence[Timed], int], Figures]
-    token_bytes: Callable[[Weights, Case, int], float] | None
+    token_size: Callable[[Weights, Case, int], float] | None
 
 
 KINDS = {
-    "decode": Kind(False, None, decode_figures, _decode_bytes),
-    "prefill": Kind(False, 1, prefill_figures, _prefill_bytes),
-    "http_decode": Kind(True, None, decode_figures, _decode_bytes),
+    "decode": Kind(False, None, decode_figures, Weights.decode_token_size),
+    "prefill": Kind(False, 1, prefill_figures, Weights.prefill_token_size),
+    "http_decode": Kind(True, None, decode_figures, Weights.decode_token_size),
     "http_ttft": Kind(True, TTFT_TOKENS, ttft_figures, None),
 }
 STARTUP = "startup"
@@ -293,21 +300,31 @@ Run = Callable[[Prompts, int], list[Timed]]
 
 def measure(cases: Sequence[Case], run: Run, room: Room, *, vocab_size: int, repeats: int) -> list[Measured]:
     """Measure each case, and say on the terminal what was found."""
-    for case in cases:
-        _check_room(case, room)
-    return [Measured(case, room.context_length, _measure(case, run, vocab_size, repeats)) for case in cases]
-
-
-def _measure(case: Case, run: Run, vocab_size: int, repeats: int) -> Figures:
-    run(random_prompts(case, "warm", vocab_size), min(WARM_TOKENS, case.max_tokens))
     found = []
+    for case in cases:
+        try:
+            figures = _measure(case, run, room, vocab_size=vocab_size, repeats=repeats)
+            found.append(Measured(case, room.context_length, figures))
+        except (BenchError, RequestError, ServerError, ProtocolError) as error:
+            found.append(Measured(case, room.context_length, dict.fromkeys(FIGURES), failed=str(error)))
+        print(_shown(found[-1]), flush=True)
+    return found
+
+
+def _measure(case: Case, run: Run, room: Room, *, vocab_size: int, repeats: int) -> Figures:
+    _check_room(case, room)
+    run(random_prompts(case, "warm", vocab_size), min(WARM_TOKENS, case.max_tokens))
+    rounds = []
     for i in range(repeats):
         streams = run(random_prompts(case, i, vocab_size), case.max_tokens)
-        found.append(KINDS[case.what].figures(streams, case.prompt_tokens))
-    figures = medians(found)
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in figures.items() if value is not None)
-    print(f"{case.what}, {case.streams} x {case.prompt_tokens} prompt tokens: {shown}", flush=True)
-    return figures
+        rounds.append(KINDS[case.what].figures(streams, case.prompt_tokens))
+    return medians(rounds)
+
+
+def _shown(found: Measured) -> str:
+    known = [f"{name} {value:.1f}" for name, value in found.figures.items() if value is not None]
+    case = found.case
+    return f"{case.what}, {case.streams} x {case.prompt_tokens} tokens: {found.failed or ', '.join(known)}"
 
 
 def random_prompts(case: Case, salt: object, vocab_size: int) -> Prompts:
@@ -333,10 +350,10 @@ def _check_room(case: Case, room: Room) -> None:
 def engine_alone(file: GGUFFile, engine_config: EngineConfig, plan: Plan) -> tuple[list[Measured], Row]:
     """Load the model in this process and measure what needs no socket; also the row of the startup."""
     config = ModelConfig.from_gguf(file)
-    with host_peak() as peak:
+    with MemoryWatch() as memory:
         engine, seconds = _load(file, config, engine_config)
     try:
-        startup = _startup_row(engine.context_length, seconds, peak)
+        startup = _startup_row(engine.context_length, seconds, memory.peak)
         cases = plan_cases(plan, engine_config.prefill_chunk, over_http=False)
         room = Room(engine.context_length, engine.stats().total_pages * engine_config.page_length)
         run = engine_run(engine)
@@ -374,8 +391,7 @@ def engine_run(engine: Engine) -> Run:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         ended: SimpleQueue[tuple[FinishReason, str | None]] = SimpleQueue()
         streams = [_submit(engine, prompt, params, ended) for prompt in prompts]
-        for _ in streams:
-            reason, message = ended.get()
+        for reason, message in [ended.get() for _ in streams]:
             if reason != "length":
                 raise BenchError(f"a stream ended by {reason!r}: {message}")
         return streams
@@ -450,36 +466,31 @@ def _timed(record: StreamRecord) -> Timed:
 # --- The machine.
 
 
-@dataclass
-class HostPeak:
-    """The most anonymous memory the process had, in bytes; None where the system does not tell."""
+class MemoryWatch(Thread):
+    """Watches this process's anonymous memory; `peak` in bytes, None where the system does not tell."""
 
-    size: int | None = None
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak: int | None = None
+        self._ended = Event()
 
+    def __enter__(self) -> MemoryWatch:
+        self.start()
+        return self
 
-@contextmanager
-def host_peak() -> Iterator[HostPeak]:
-    """Watch this process's anonymous memory while the block runs."""
-    peak, stop = HostPeak(), Event()
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
 
-    def watch() -> None:
-        stopping = False
-        while not stopping:
-            stopping = stop.wait(0.01)
-            size = _anonymous_size()
-            peak.size = size if size is None else max(size, peak.size or 0)
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
+    def run(self) -> None:
+        while (size := _anonymous_size()) is not None:
+            self.peak = max(size, self.peak or 0)
+            if self._ended.wait(0.01):
+                return
 
 
 def _anonymous_size() -> int | None:
-    """Bytes of RssAnon: VmHWM would count the mapped file's pages, which are the page cache's."""
+    """Bytes of RssAnon."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -488,17 +499,14 @@ def _anonymous_size() -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def _device_size_in_use() -> tuple[int, str]:
-    """Bytes of the device in use, and who says so."""
+def _device_size_in_use() -> int:
     import jax
 
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_in_use" in stats:
-        return int(stats["bytes_in_use"]), "bytes_in_use of the device"
-    return sum(array.nbytes for array in jax.live_arrays()), "all live JAX arrays"
+    stats = jax.devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_in_use") or sum(array.nbytes for array in jax.live_arrays()))
 
 
-def measure_bandwidth(size: int = COPY_SIZE) -> float:
+def measure_bandwidth(size: int) -> float:
     """Bytes per second, read plus written, of the fastest of a few large copies where the weights lie."""
     import jax
 
@@ -533,7 +541,7 @@ def _device_copy(size: int, num_copies: int = 20) -> Callable[[], int]:
     import jax.numpy as jnp
 
     source = jnp.zeros(size // 4, jnp.uint32)
-    # a plain copy could be elided
+    # XLA could leave a plain copy out
     add_one = jax.jit(lambda x: x + jnp.uint32(1))
 
     def copy() -> int:
@@ -549,18 +557,16 @@ def _device_copy(size: int, num_copies: int = 20) -> Callable[[], int]:
 # --- The document.
 
 
-def _startup_row(context_length: int, seconds: Row, peak: HostPeak) -> Row:
-    in_use, told_by = _device_size_in_use()
+def _startup_row(context_length: int, seconds: Row, peak: int | None) -> Row:
     import jax
 
     beside = ", the device's arrays among it" if jax.default_backend() == "cpu" else ""
     return {
         **_empty_row(STARTUP, None, None, context_length),
         **seconds,
-        "host_peak_bytes": peak.size,
-        "host_peak_is": f"highest RssAnon while loading, seen every 10 ms{beside}",
-        "device_bytes": in_use,
-        "device_bytes_is": told_by,
+        "host_peak_bytes": peak,
+        "host_peak_is": "the highest RssAnon" + beside,
+        "device_bytes": _device_size_in_use(),
     }
 
 
@@ -572,21 +578,17 @@ def _empty_row(what: str, streams: int | None, prompt_tokens: int | None, contex
 def measured_row(
     found: Measured, *, in_file: Weights, on_device: Weights, chunk: int, bandwidth: float
 ) -> Row:
-    """A row of the document; `bandwidth` in bytes per second."""
+    """A row of the document; `bandwidth` in bytes per second, `chunk` the engine's prefill_chunk."""
     case, rate = found.case, found.figures["tok_per_s"]
     row = _empty_row(case.what, case.streams, case.prompt_tokens, found.context_length)
-    row |= {name: None if value is None else round(value, 3) for name, value in found.figures.items()}
-    token_bytes = KINDS[case.what].token_bytes
-    if token_bytes is None or rate is None:
-        return row
-    read = rate * token_bytes(in_file, case, chunk)
-    on_device_read = rate * token_bytes(on_device, case, chunk)
-    speeds = {
-        "gb_per_s": read / 1e9,
-        "device_gb_per_s": on_device_read / 1e9,
-        "floor_share": read / bandwidth,
-    }
-    return row | {name: float(f"{value:.4g}") for name, value in speeds.items()}
+    row |= found.figures
+    token_size = KINDS[case.what].token_size
+    if token_size is not None and rate is not None:
+        read = rate * token_size(in_file, case, chunk)
+        row["gb_per_s"], row["floor_share"] = read / 1e9, read / bandwidth
+        row["device_gb_per_s"] = rate * token_size(on_device, case, chunk) / 1e9
+    row = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
+    return row | ({} if found.failed is None else {"failed": found.failed})
 
 
 def bench(path: Path, plan: Plan) -> Row:
@@ -603,9 +605,9 @@ def bench(path: Path, plan: Plan) -> Row:
         alone, row = engine_alone(file, engine_config, plan)
         found += alone
         startup = [row] if STARTUP in plan.what else []
-        gc.collect()
+        gc.collect()  # the copies below need the memory that the engine had
     in_file, on_device = (Weights.from_sizes(sizes(file), config) for sizes in (file_sizes, device_sizes))
-    bandwidth = measure_bandwidth()
+    bandwidth = measure_bandwidth(COPY_SIZE)
     chunk = engine_config.prefill_chunk
     rows = [
         measured_row(one, in_file=in_file, on_device=on_device, chunk=chunk, bandwidth=bandwidth)
@@ -675,9 +677,10 @@ def table(document: Row) -> str:
     lines += [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
     ]
-    for row in document["results"]:
-        extra = {name: value for name, value in row.items() if row["what"] == STARTUP and name not in COLUMNS}
-        lines += [f"{name}: {value}" for name, value in extra.items() if value is not None]
+    startup: Row = next((row for row in document["results"] if row["what"] == STARTUP), {})
+    lines += [
+        f"{name}: {startup[name]}" for name in startup if name not in COLUMNS and startup[name] is not None
+    ]
     return "\n".join(lines)
 
 
@@ -740,7 +743,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1) + "\n")
-    return 0
+    return 1 if any("failed" in row for row in document["results"]) else 0
 
 
 if __name__ == "__main__":

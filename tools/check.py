@@ -20,7 +20,9 @@ STAGES = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages, stop at the first that fails; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.check", description=__doc__)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all if none given")
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all if none given"
+    )
     chosen = parser.parse_args(arguments).stages or list(STAGES)
     unknown = [name for name in chosen if name not in STAGES]
     if unknown:

@@ -16,12 +16,12 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tools.client import Client
+from tools.client import Client, ProtocolError, ServerError
 from tools.contracts import NAMES, Contract, Gate, RedState, load_contract
 from tools.environment import Environment, read_environment
 from tools.evidence import RedOutcome, Subject, scrub, shown_path, write_findings, write_red
@@ -157,15 +157,17 @@ async def _red(target: Target, gate: Gate, state: RedState, scale: Scale, journa
     told = f"{outcome.check or outcome.verdict}: {outcome.evidence}"
     expected = "" if red.as_expected else f" (expected {state.check})"
     journal.row(f"{gate.id} {state.mutant}", verdict, outcome.seconds, told + expected)
-    await target.client.get(RELEASE_PATH)
+    with suppress(ServerError, ProtocolError, OSError):
+        await target.client.get(RELEASE_PATH)
     await _settle(target)
     return red
 
 
 async def _settle(target: Target) -> None:
-    """Wait until the engine has nothing left to do, where it can be asked."""
+    """Wait until the engine has nothing left to do; a server that has gone fails the gates to come."""
     if "health" not in target.lacks:
-        await target.idle(IDLE_SECONDS)
+        with suppress(ServerError, ProtocolError, OSError):
+            await target.idle(IDLE_SECONDS)
 
 
 @contextmanager
@@ -229,13 +231,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = arguments.model or (Path(given) if given else None)
     run: Run = turn_red if arguments.red else discharge
     asked: dict[str, Any] = {"command": _command(arguments), "out": arguments.out}
-    if arguments.url:
-        return asyncio.run(run(Server(arguments.url), contracts, **asked))
     try:
+        if arguments.url:
+            return asyncio.run(run(Server(arguments.url), contracts, **asked))
         with serve(model, "tools.mutant_app:app" if arguments.red else "server:app") as server:
             return asyncio.run(run(server, contracts, **asked))
-    except LaunchError as error:
-        print(error, file=sys.stderr)
+    except (LaunchError, ServerError, ProtocolError, OSError, ValueError) as error:
+        print(f"nothing was measured: {error}", file=sys.stderr)
         return FAILED
 
 

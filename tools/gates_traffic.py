@@ -141,6 +141,8 @@ async def _come_and_go(trial: Trial, rng: random.Random) -> int:
             prompt = trial.target.text_of(length, salt)
             crowd.open(prompt, to_limit=True, max_tokens=tokens, temperature=1, seed=salt)
             await asyncio.sleep(seconds)
+            if crowd.tasks[0].done():
+                await crowd.tasks[0]
             return not crowd.records[0].token_chunks
 
     visits = [

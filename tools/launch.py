@@ -67,7 +67,9 @@ def _free_port() -> int:
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path, seconds: float) -> None:
     until = time.monotonic() + seconds
-    while not _is_ready(port):
+    while (health := _health(port)).get("status") != "ok":
+        if health.get("status") == "error":
+            raise LaunchError(f"the server failed: {health.get('error')}")
         if server.poll() is not None:
             raise LaunchError(f"the server ended with {server.returncode}: {_tail(log)}")
         if time.monotonic() > until:
@@ -75,14 +77,15 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path, sec
         time.sleep(0.1)
 
 
-def _is_ready(port: int) -> bool:
+def _health(port: int) -> dict[str, object]:
+    """The body of /health; {} while nobody answers."""
     connection = http.client.HTTPConnection(HOST, port, timeout=10)
     try:
         connection.request("GET", "/health")
-        response = connection.getresponse()
-        return response.status == 200 and json.loads(response.read()).get("status") == "ok"
+        found = json.loads(connection.getresponse().read())
+        return found if isinstance(found, dict) else {}
     except (OSError, ValueError, http.client.HTTPException):
-        return False
+        return {}
     finally:
         connection.close()
 

@@ -17,7 +17,7 @@ Events = AsyncIterator[Json | None]  # None is [DONE]
 
 HEADER = "x-mutant"
 RELEASE_PATH = "/x-mutant/release"
-SLOW_SECONDS = 0.02
+SLOW_SECONDS = 0.01
 BURST = 8  # events
 
 

@@ -449,9 +449,13 @@ def _token_scales(vocabulary: Vocabulary, *, planted: bool) -> Floats:
 
 
 def _make_pool(rng: np.random.Generator, ggml_type: GGMLQuantizationType, spread: float) -> Bytes:
-    num_blocks = _POOL_SIZE // GGML_QUANT_SIZES[ggml_type][1]
-    num_blocks = next(n for n in count(max(num_blocks, 200_000)) if _is_prime(n))
-    return random_blocks(rng, ggml_type, np.full(num_blocks, spread, np.float32))
+    return random_blocks(rng, ggml_type, np.full(pool_length(ggml_type), spread, np.float32))
+
+
+def pool_length(ggml_type: GGMLQuantizationType) -> int:
+    """The number of blocks of a pool, a prime."""
+    shortest = max(_POOL_SIZE // GGML_QUANT_SIZES[ggml_type][1], 300_000)
+    return next(n for n in count(shortest) if _is_prime(n))
 
 
 def _is_prime(number: int) -> bool:

@@ -29,7 +29,7 @@ WORDS = (
 Prompt = str | list[int]
 
 NEEDS = {
-    "return_token_ids": "return_token_ids (vLLM's field): the ids of choices and chunks, all that are counted",
+    "return_token_ids": "return_token_ids (vLLM's field): choices and chunks carry every counted id",
     "ignore_eos": "ignore_eos: generation goes on to max_tokens",
     "end_token_id": "an end token that logit_bias can force, counted in completion_tokens",
     "token_id_prompts": "/v1/completions with a prompt of token ids",
@@ -173,10 +173,22 @@ async def _probe_token_ids(target: Target) -> Target:
 async def _probe_end_token(target: Target) -> Target:
     known = target.vocabulary.end_token_id if target.vocabulary else None
     for token_id in QWEN_END_IDS if known is None else (known,):
-        reply = await _short(target, "Say yes.", logit_bias={str(token_id): 100})
-        if (reply.finish_reason, reply.completion_tokens) == ("stop", 1):
+        if await _ends(target, token_id):
             return replace(target, end_token_id=token_id)
-    raise _Lacking("no known end id, forced by logit_bias, ended a text as its one counted token")
+    for seed in range(4):
+        reply = await _short(target, "Say yes.", max_tokens=192, temperature=1, seed=seed)
+        if reply.finish_reason == "stop" and reply.token_ids and await _ends(target, reply.token_ids[-1]):
+            return replace(target, end_token_id=reply.token_ids[-1])
+    raise _Lacking("neither a known end id nor the last id of a text, forced by logit_bias, ended a text")
+
+
+async def _ends(target: Target, token_id: int) -> bool:
+    """Whether this id, forced, ends a text as its one counted token."""
+    try:
+        reply = await _short(target, "Say yes.", logit_bias={str(token_id): 100})
+    except ServerError:
+        return False
+    return (reply.finish_reason, reply.completion_tokens) == ("stop", 1)
 
 
 async def _probe_ignore_eos(target: Target) -> Target:

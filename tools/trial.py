@@ -33,13 +33,13 @@ class NotRun(Exception):
 class Scale:
     """How much is measured: repeats of a timed stream, texts compared, disconnects under load."""
 
-    repeats: int = 7
+    repeats: int = 9
     texts: int = 4
     disconnects: int = 50
 
 
 FULL = Scale()
-RED = Scale(repeats=5, texts=2, disconnects=12)
+RED = Scale(repeats=7, texts=2, disconnects=12)
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Trial:
             await crowd.disconnect()
 
     async def until(self, wanted: Callable[[Health], bool], bound_ms: float) -> tuple[float, Health]:
-        """Milliseconds until /health is as `wanted`, or was asked after `bound_ms` and is not; and what it said."""
+        """Poll /health until it is as `wanted` or asked after `bound_ms`: milliseconds, and what it said."""
         clock = asyncio.get_running_loop()
         started = clock.time()
         while True:

@@ -1,0 +1,216 @@
+"""What the bench computes, by hand; and one short run of all of it on the tiny file."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_steps import FakeSteps
+from gguf.constants import GGML_QUANT_SIZES
+
+from jaxmoe.engine import Engine
+from tools import bench
+from tools.bench import BenchError, Case, Measured, Plan, Room, Timed, Weights
+from tools.synth_gguf import PRESETS, plan_tensors
+
+KEYS = {
+    "what", "streams", "prompt_tokens", "context", "tok_per_s", "ttft_ms", "gap_ms_p50", "gap_ms_p95",
+    "gb_per_s", "device_gb_per_s", "floor_share",
+}  # fmt: skip
+DECODE = KEYS
+PREFILL = KEYS - {"gap_ms_p50", "gap_ms_p95"}
+TTFT = {"what", "streams", "prompt_tokens", "context", "ttft_ms"}
+STARTUP = {"what", "context", "load_s", "compile_s", "host_peak_bytes", "host_peak_is", "device_bytes"}
+FILLED = {"decode": DECODE, "prefill": PREFILL, "http_decode": DECODE, "http_ttft": TTFT, "startup": STARTUP}
+SMALL = {
+    "token_embd.weight": 1000,
+    "output.weight": 500,
+    "blk.0.attn_q.weight": 30,
+    "blk.0.ffn_gate_inp.weight": 4,
+    "blk.0.ffn_gate_exps.weight": 300,
+    "blk.0.ffn_down_exps.weight": 100,
+}
+
+
+def _weights(sizes: dict[str, int], vocab_size: int, num_experts: int, active: int) -> Weights:
+    config: Any = SimpleNamespace(vocab_size=vocab_size, num_experts=num_experts, experts_per_token=active)
+    return Weights.from_sizes(sizes, config)
+
+
+def _stream(sent: float, *times: float) -> Timed:
+    return Timed(sent, [(at, 1) for at in times])
+
+
+def test_a_step_reads_the_experts_that_it_is_expected_to_meet() -> None:
+    weights = _weights(SMALL, vocab_size=100, num_experts=4, active=1)
+    # 34 whole, a quarter of 400, a row of 10, 500 of output
+    assert weights.step_size(1) == 34 + 100 + 10 + 500
+    # two tokens meet 1 - (3/4)^2 = 7/16 of the experts
+    assert weights.step_size(2) == 34 + 175 + 20 + 500
+    assert weights.decode_token_size(Case("decode", 2, 9, 9), 512) == 729 / 2
+
+
+def test_a_prompt_reads_the_weights_once_a_chunk_and_the_output_once() -> None:
+    weights = _weights(SMALL, vocab_size=100, num_experts=4, active=1)
+    assert weights.prompt_size(5, chunk=2) == 2 * (34 + 175 + 20) + (34 + 100 + 10) + 500
+
+
+def test_a_tied_embedding_is_read_as_the_output() -> None:
+    tied = {name: size for name, size in SMALL.items() if name != "output.weight"}
+    assert _weights(tied, vocab_size=100, num_experts=4, active=1).step_size(1) == 34 + 100 + 10 + 1000
+
+
+@pytest.mark.parametrize(
+    ("streams", "tok_per_s"), [(1, 2241), (8, 4355), (16, 5677), (32, 8520), (64, 15220)]
+)
+def test_the_floors_of_the_real_model(streams: int, tok_per_s: float) -> None:
+    """Qwen3-30B-A3B in Q4_K_M at 4.3 TB/s; the figures were worked out apart from this code."""
+    sizes = PRESETS["30b"]
+    tensors = plan_tensors(sizes, "Q4_K_M", vocab_size=sizes.vocab_size, tied=False)
+    in_file = {}
+    for tensor in tensors:
+        count, size = GGML_QUANT_SIZES[tensor.ggml_type]
+        in_file[tensor.name] = prod(tensor.shape) // count * size
+    weights = _weights(in_file, sizes.vocab_size, sizes.num_experts, sizes.experts_per_token)
+    assert 4.3e12 / weights.decode_token_size(Case("decode", streams, 1, 1), 512) == pytest.approx(
+        tok_per_s, rel=0.01
+    )
+
+
+def test_decode_counts_only_while_all_streams_run() -> None:
+    early = _stream(0.0, 1.0, 1.5, 2.0, 2.1, 2.2, 2.3)
+    late = _stream(0.5, 2.0, 2.1, 2.2, 2.3, 2.4, 3.4)
+    figures = bench.decode_figures([early, late], 16)
+    assert figures == pytest.approx(
+        {"tok_per_s": 20.0, "ttft_ms": 1250.0, "gap_ms_p50": 100.0, "gap_ms_p95": 100.0}
+    )
+
+
+def test_a_chunk_of_several_tokens_counts_as_several() -> None:
+    stream = Timed(0.0, [(1.0, 1), (1.1, 1), (1.5, 3)])
+    figures = bench.decode_figures([stream], 16)
+    assert figures["tok_per_s"] == pytest.approx(8.0)
+    assert figures["gap_ms_p50"] == pytest.approx(250.0)
+
+
+def test_streams_that_did_not_run_together_have_no_rate() -> None:
+    with pytest.raises(BenchError, match="same time"):
+        bench.decode_figures([_stream(0, 1.0, 1.1), _stream(0, 2.0, 2.1)], 16)
+
+
+def test_prefill_lasts_until_the_last_first_token() -> None:
+    figures = bench.prefill_figures([_stream(1.0, 1.2), _stream(1.0, 1.5)], 100)
+    assert figures["tok_per_s"] == pytest.approx(400.0)
+    assert figures["ttft_ms"] == pytest.approx(350.0)
+    assert figures["gap_ms_p50"] is None
+
+
+def test_a_row_says_how_near_the_floor_it_is() -> None:
+    figures = bench.medians([{**dict.fromkeys(bench.FIGURES), "tok_per_s": rate} for rate in (9.0, 1e6, 1e5)])
+    weights = _weights(SMALL, vocab_size=100, num_experts=4, active=1)
+    twice = _weights({name: 2 * size for name, size in SMALL.items()}, 100, num_experts=4, active=1)
+    found = Measured(Case("decode", 1, 16, 8), 512, figures)
+    row = bench.measured_row(found, in_file=weights, on_device=twice, chunk=512, bandwidth=644e6)
+    assert row == dict.fromkeys(KEYS) | {
+        "what": "decode",
+        "streams": 1,
+        "prompt_tokens": 16,
+        "context": 512,
+        "tok_per_s": 1e5,
+        "gb_per_s": 0.0644,
+        "device_gb_per_s": 0.1288,
+        "floor_share": 0.1,
+    }
+
+
+def test_prompts_are_random_and_each_is_another() -> None:
+    case = Case("decode", 3, 40, 8)
+    prompts = bench.random_prompts(case, 0, 1000) + bench.random_prompts(case, 1, 1000)
+    assert len({tuple(prompt) for prompt in prompts}) == 6
+    assert all(len(prompt) == 40 and len(set(prompt)) > 20 for prompt in prompts)
+    assert bench.random_prompts(case, 1, 1000) == prompts[3:]
+
+
+def test_streams_that_start_early_get_as_many_more_tokens() -> None:
+    plan = Plan(("decode", "http_ttft"), (1, 3), (600,), context=None, new_tokens=64, repeats=1)
+    alone = bench.plan_cases(plan, 512, over_http=False)
+    assert alone == [Case("decode", 1, 600, 64), Case("decode", 3, 600, 68)]
+    assert [case.what for case in bench.plan_cases(plan, 512, over_http=True)] == ["http_ttft"] * 2
+
+
+def test_the_engine_gives_each_stream_all_its_tokens_and_their_times() -> None:
+    steps = FakeSteps(num_slots=2)
+    engine = Engine(steps, eos_ids=frozenset(), prefill_chunk=8, max_waiting=4, after_step=lambda: None)
+    engine.start()
+    try:
+        streams = bench.engine_run(engine)([[1, 2, 3], [4, 5, 6]], 7)
+    finally:
+        engine.stop()
+    for stream in streams:
+        times = [stream.sent, *(at for at, _ in stream.arrivals)]
+        assert len(times) == 8
+        assert times == sorted(times)
+
+
+def test_a_case_without_room_fails_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(prompts: list[list[int]], max_tokens: int) -> list[Timed]:
+        return [_stream(0.0, 1.0) for _ in prompts]
+
+    cases = [Case("prefill", 2, 90, 1), Case("prefill", 2, 60, 1), Case("prefill", 1, 60, 1)]
+    found = bench.measure(cases, run, Room(80, 100), vocab_size=9, repeats=1)
+    assert "needs a context of 91 tokens, the engine has 80" in (found[0].failed or "")
+    assert "2 streams of 61 tokens do not fit a cache of 100" in (found[1].failed or "")
+    assert found[2].failed is None
+    assert found[2].figures["tok_per_s"] == 60
+    assert "needs a context" in capsys.readouterr().out
+
+
+def test_the_copy_is_one() -> None:
+    assert bench._host_copy(1 << 12)() == 1
+    assert bench._device_copy(1 << 12, 3)() == 3
+    assert bench.measure_bandwidth(1 << 16) > 0
+
+
+@pytest.mark.parametrize("wrong", ["--what=decoding", "--streams=0", "--streams=1,x", "--new-tokens=2"])
+def test_a_wrong_argument_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["model.gguf", wrong])
+    assert stopped.value.code == 2
+    assert wrong.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_missing_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([str(tmp_path / "none.gguf"), "--what=startup"]) == 1
+    assert "none.gguf" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_run_fills_every_row(
+    tiny_q4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "COPY_SIZE", 1 << 20)
+    monkeypatch.setenv("JAXMOE_PREFILL_CHUNK", "64")
+    out = tmp_path / "deep" / "bench.json"
+    options = ["--streams=1,2", "--prompt-tokens=70", "--context=512", "--new-tokens=200", "--repeats=1"]
+    assert bench.main([str(tiny_q4), *options, f"--out={out}"]) == 0
+    document = json.loads(out.read_text())
+    rows = {(row["what"], row["streams"]): row for row in document["results"]}
+    measured = [(what, streams) for what in bench.KINDS for streams in (1, 2)]
+    assert list(rows) == [*measured, ("startup", None)]
+    for (what, _), row in rows.items():
+        assert set(row) == KEYS | FILLED[what]
+        assert {name for name, value in row.items() if value is not None} == FILLED[what]
+        assert (row["context"], row["prompt_tokens"]) == (512, None if what == "startup" else 70)
+    assert rows["decode", 2]["device_gb_per_s"] > rows["decode", 2]["gb_per_s"]
+    assert rows["startup", None]["device_bytes"] >= document["env"]["size"]["device_bytes"]
+    assert document["env"]["model"] == tiny_q4.name
+    assert document["env"]["engine"]["prefill_chunk"] == 64
+    assert document["env"]["shape"]["num_experts"] == 8
+    assert str(tmp_path) not in out.read_text()
+    assert str(tiny_q4.parent) not in out.read_text()
+    assert "load_s: " in capsys.readouterr().out
