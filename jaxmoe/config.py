@@ -25,9 +25,10 @@ _INT_KEYS: Final = (
     ("context_length", "context_length", _MAX_CONTEXT),
 )
 _YARN_KEYS: Final = (
-    ("beta_fast", "yarn_beta_fast"),
-    ("beta_slow", "yarn_beta_slow"),
-    ("ext_factor", "yarn_ext_factor"),
+    # field, key after "rope.scaling.", lowest sane value: the betas are divided by
+    ("beta_fast", "yarn_beta_fast", 1e-3),
+    ("beta_slow", "yarn_beta_slow", 1e-3),
+    ("ext_factor", "yarn_ext_factor", 0.0),
 )
 _ATTN_FACTOR_KEYS: Final = ("attn_factor", "yarn_attn_factor")
 _ENGINE_RANGES: Final = (
@@ -127,14 +128,14 @@ def _read_rope_scaling(file: GGUFFile, arch: str) -> RopeScaling | None:
         high = 1.0 if kind is None else 1e4
         file.get_float(f"{prefix}.factor", low=0.0, high=high, default=1.0)
         return None
-    given = {name: key for name, key in _YARN_KEYS if f"{prefix}.{key}" in file.metadata}
+    given = [row for row in _YARN_KEYS if f"{prefix}.{row[1]}" in file.metadata]
     return RopeScaling(
         factor=file.get_float(f"{prefix}.factor", low=1.0, high=1e4),
         original_context_length=file.get_int(f"{prefix}.original_context_length", low=1, high=_MAX_CONTEXT),
         attn_factor=prod(
             file.get_float(f"{prefix}.{key}", low=0.0, high=1e4, default=1.0) for key in _ATTN_FACTOR_KEYS
         ),
-        **{name: file.get_float(f"{prefix}.{key}", low=0.0, high=1e4) for name, key in given.items()},
+        **{name: file.get_float(f"{prefix}.{key}", low=low, high=1e4) for name, key, low in given},
     )
 
 

@@ -153,24 +153,30 @@ async def _come_and_go(trial: Trial, rng: random.Random) -> int:
 
 
 async def interleaved(trial: Trial) -> str:
-    """SERVING_008: streams opened together run together."""
-    async with trial.crowd() as crowd:
-        for seed in range(trial.limits["streams"]):
-            prompt = trial.target.text_of(24, salt=seed)
-            crowd.open(prompt, to_limit=True, max_tokens=trial.limits["max_tokens"], temperature=1, seed=seed)
-        records = await crowd.finished()
-    times = [[record.sent + chunk.at for chunk in record.token_chunks] for record in records]
-    opened = min(record.sent for record in records)
-    last_first, first_last = max(one[0] for one in times) - opened, min(one[-1] for one in times) - opened
+    """SERVING_008: streams opened together run together.
+
+    The best of three rounds counts: a busy client reads much at once, a server that serialises always does.
+    """
+    rounds = [await _opened_together(trial, salt) for salt in range(3)]
+    begin = [max(one[0] for one in times) - min(one[-1] for one in times) for times in rounds]
     evidence = (
-        f"{len(records)} streams: the last of the first tokens came after {1000 * last_first:.0f} ms, "
-        f"the first of the last tokens after {1000 * first_last:.0f} ms"
+        f"{len(rounds[0])} streams: the last one begins {-1000 * min(begin):.0f} ms before the first one ends"
     )
-    trial.expect(last_first < first_last, "all_begin_before_one_ends", evidence)
-    share = _turn_share(times)
+    trial.expect(min(begin) < 0, "all_begin_before_one_ends", evidence)
+    share = max(map(_turn_share, rounds))
     evidence += f"; {share:.2f} of the tokens follow one of another stream"
     trial.expect(share >= trial.limits["turn_share"], "tokens_alternate", evidence)
     return evidence
+
+
+async def _opened_together(trial: Trial, salt: int) -> list[list[float]]:
+    """The times at which each stream's token chunks arrived, by one clock."""
+    fields = {"to_limit": True, "max_tokens": trial.limits["max_tokens"], "temperature": 1}
+    async with trial.crowd() as crowd:
+        for seed in range(trial.limits["streams"]):
+            crowd.open(trial.target.text_of(24, salt=10 * salt + seed), seed=seed, **fields)
+        records = await crowd.finished()
+    return [[record.sent + chunk.at for chunk in record.token_chunks] for record in records]
 
 
 def _turn_share(times: list[list[float]]) -> float:
