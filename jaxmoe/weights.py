@@ -162,19 +162,19 @@ class _Loader:
     check_unchanged: Callable[[], None]
     advance: Callable[[int], None]
 
-    def host(self, tensor: GGUFTensor, layout: Layout) -> QuantTensor:
-        """The tensor in the device format, still on the host."""
+    def repack(self, tensor: GGUFTensor, out: QuantTensor) -> None:
+        """Write the tensor into the host arrays of `out`."""
         self.check_unchanged()
-        out = empty(tensor.ggml_type, tensor.shape, layout)
         *lead, num_rows, _ = tensor.shape
         pieces = prod(lead) if lead else -(-num_rows // _ROWS_A_TASK)
         list(self.threads.map(partial(_pack_piece, out, tensor), range(pieces)))
         self.advance(tensor.size)
-        return out
 
     def single(self, tensor: GGUFTensor, layout: Layout) -> QuantTensor:
         """One tensor on the device."""
-        return self.host(tensor, layout).map(jnp.asarray)
+        host = empty(tensor.ggml_type, tensor.shape, layout)
+        self.repack(tensor, host)
+        return host.map(jnp.asarray)
 
     def stacked(self, tensors: list[GGUFTensor]) -> StackedWeight:
         """A weight of all layers, stacked per ggml type."""
@@ -185,16 +185,15 @@ class _Loader:
         return StackedWeight(stacks, places)
 
     def _stack(self, tensors: list[GGUFTensor]) -> QuantTensor:
-        stack: QuantTensor | None = None
+        # one layer's host arrays, used for every layer: the copy must be done before the next repack
+        host = empty(tensors[0].ggml_type, tensors[0].shape, self.layout)
+        stack = host.map(lambda a: jnp.zeros((len(tensors), *a.shape), a.dtype))
         for i, tensor in enumerate(tensors):
-            layer = self.host(tensor, self.layout)
-            if stack is None:
-                stack = layer.map(lambda a: jnp.zeros((len(tensors), *a.shape), a.dtype))
+            self.repack(tensor, host)
             arrays = {
-                name: _store(array, layer.arrays[name], np.int32(i)) for name, array in stack.arrays.items()
+                name: _store(array, host.arrays[name], np.int32(i)) for name, array in stack.arrays.items()
             }
-            stack = replace(stack, **arrays)
-        assert stack is not None
+            stack = replace(stack, **jax.block_until_ready(arrays))
         return stack
 
     def numbers(self, tensors: list[GGUFTensor]) -> Array:

@@ -7,35 +7,40 @@ from statistics import median, quantiles
 from typing import Any
 
 from tools.client import StreamRecord
-from tools.trial import NotRun, Trial
+from tools.trial import GateFailed, NotRun, Trial
 
-Runs = Mapping[int, list[StreamRecord]]
+Runs = Mapping[int, list[StreamRecord]]  # by length
 
 
 async def token_by_token(trial: Trial) -> str:
     """V1_001: an event for each token before the next one is generated, then finish_reason and [DONE]."""
     told = []
     for prompt_tokens in trial.limits["prompt_tokens"]:
-        runs = await _timed_runs(trial, trial.target.text_of(prompt_tokens))
+        prompt = trial.target.text_of(prompt_tokens)
+        runs: Runs = {length: [] for length in trial.limits["max_tokens"]}
+        await trial.complete(prompt, max_tokens=1)
+        await _add_rounds(trial, prompt, runs)
+        try:
+            told.append(_expect_spread(trial, runs))
+        except GateFailed:
+            # What a busy machine did to these rounds it does not do to as many again.
+            await _add_rounds(trial, prompt, runs)
+            told.append(_expect_spread(trial, runs))
         if trial.target.vocabulary is None:
             _expect_few_held(trial, runs)
-        told.append(_expect_spread(trial, runs))
     return "; ".join(told)
 
 
-async def _timed_runs(trial: Trial, prompt: str) -> Runs:
-    """Streams of each length in turn, so that a slower minute of the machine meets all lengths alike."""
-    lengths: list[int] = trial.limits["max_tokens"]
-    await trial.complete(prompt, max_tokens=1)
-    runs: dict[int, list[StreamRecord]] = {length: [] for length in lengths}
-    for seed in range(trial.scale.repeats):
-        for length in lengths:
-            record = await trial.stream(prompt, to_limit=True, max_tokens=length, temperature=1, seed=seed)
+async def _add_rounds(trial: Trial, prompt: str, runs: Runs) -> None:
+    """Streams of each length in turn, and back, so that a slow moment meets all lengths alike."""
+    for round_number in range(trial.scale.repeats):
+        for length in sorted(runs, reverse=bool(round_number % 2)):
+            fields = {"max_tokens": length, "temperature": 1, "seed": len(runs[length])}
+            record = await trial.stream(prompt, to_limit=True, **fields)
             _expect_terminal(trial, record)
             _expect_ids(trial, record, length)
             _expect_one_id_a_chunk(trial, record)
             runs[length].append(record)
-    return runs
 
 
 def _expect_terminal(trial: Trial, record: StreamRecord) -> None:
@@ -80,11 +85,11 @@ def _expect_spread(trial: Trial, runs: Runs) -> str:
     evidence = f"median time to the first token: {times} tokens, longest over shortest {ratio:.2f}"
     trial.expect(ratio < trial.limits["first_token_ratio"], "first_token_does_not_grow", evidence)
 
-    share = max(median(map(_longest_gap_share, records)) for records in runs.values())
+    # A busy client reads late and then much at once; a server that sends in lumps does so in every round.
+    share = max(quantiles(map(_longest_gap_share, records), n=4)[0] for records in runs.values())
     evidence += f"; longest gap {share:.3f} of the stream"
     trial.expect(share <= trial.limits["longest_gap_share"], "no_long_gap", evidence)
 
-    # A busy client reads late and then much at once; a server that sends in lumps does so in every round.
     spread = max(map(_median_over_mean_gap, runs[max(runs)]))
     evidence += f"; median gap {spread:.2f} of the mean gap"
     trial.expect(spread >= trial.limits["median_over_mean_gap"], "no_bursts", evidence)

@@ -39,7 +39,7 @@ class Scale:
 
 
 FULL = Scale()
-RED = Scale(repeats=7, texts=2, disconnects=12)
+RED = Scale(repeats=5, texts=2, disconnects=12)
 
 
 @dataclass
