@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("JAXMOE_MODEL", metavar="MODEL.gguf", nargs="?", help="or JAXMOE_MODEL")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
-    for option in OPTIONS[1:]:
+    for option in OPTIONS:
+        if option.name in ("model", "api_key"):  # a key on a command line shows in the process list
+            continue
         help_text = f"{option.expected} (or {option.variable})"
         parser.add_argument(option.flag, dest=option.variable, metavar="VALUE", help=help_text)
     return parser

@@ -50,7 +50,7 @@ def _add_checks(app: Quart, service: Service) -> None:
     async def answer_error(error: Exception) -> Response:
         if isinstance(error, EngineStopped) and service.backend.status == "ok":
             service.backend.fail(error)
-            lifetime.end_soon()
+            lifetime.stop_soon()
         failure = failure_of(error, _call().request_id)
         return json_response(failure.body, failure.status, failure.headers)
 
@@ -82,18 +82,20 @@ def _add_start_and_stop(app: Quart, service: Service, *, read: bool) -> None:
             _check_workers()
         except SettingError as error:
             service.backend.fail(error)
-            lifetime.end_soon()
+            lifetime.stop_soon()
             return
         grace_seconds = service.settings.grace_seconds
         lifetime.raise_limits(grace_seconds)
         tasks.add(asyncio.create_task(lifetime.watch(stop, grace_seconds)))
-        service.backend.start(service.settings, lifetime.end_soon)
+        service.backend.start(service.settings, lifetime.stop_soon)
 
     @app.after_serving
     async def close() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.to_thread(service.backend.close)
+        if service.backend.status == "error":
+            asyncio.get_running_loop().call_soon(lifetime.end_process, 1)
 
 
 def _check_workers() -> None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 POLL_SECONDS: Final = 0.2
 LINGER_SECONDS: Final = 1.0
+STOP_SECONDS: Final = 10.0
 BACKLOG: Final = 2048
 KEEP_ALIVE_SECONDS: Final = 75.0
 
@@ -26,9 +27,19 @@ def end_process(status: int) -> None:
     raise SystemExit(status)
 
 
-def end_soon() -> None:
-    """End the process as failed, after a moment in which /health can say why."""
-    asyncio.get_running_loop().call_later(LINGER_SECONDS, end_process, 1)
+def stop_soon() -> None:
+    """Have hypercorn stop, after a moment in which /health can say why."""
+    asyncio.get_running_loop().call_later(LINGER_SECONDS, ask_to_stop)
+
+
+def ask_to_stop() -> None:
+    """Have hypercorn close its connections and stop; end the process if it does not."""
+    event = worker_arguments().get("shutdown_event")
+    if event is not None:
+        event.set()
+    else:
+        signal.raise_signal(signal.SIGTERM)
+    asyncio.get_running_loop().call_later(STOP_SECONDS, end_process, 1)
 
 
 def worker_arguments() -> Mapping[str, Any]:

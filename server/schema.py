@@ -178,7 +178,7 @@ def _wrong(name: str, expected: str, value: object) -> RequestError:
 
 def _of_type(kind: type, expected: str) -> Check:
     def check(value: Any, name: str) -> Any:
-        if type(value) is not kind:  # a bool is no int here
+        if not isinstance(value, kind):
             raise _wrong(name, expected, value)
         return value
 
@@ -192,7 +192,7 @@ _object = _of_type(dict, "an object")
 
 
 def _integer(value: Any, name: str) -> int:
-    if type(value) is not int:
+    if type(value) is not int:  # a bool is no integer here
         raise _wrong(name, "an integer", value)
     if not -(2**63) <= value < 2**63:
         raise RequestError(f"{name} must be a 64-bit integer", param=name)

@@ -87,6 +87,7 @@ def held_length(text: str, stop: list[str]) -> int:
 short_texts = st.text("ab\n", max_size=12)
 
 
+@settings(deadline=None)
 @given(st.lists(short_texts, max_size=6), st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4))
 def test_stop_matcher_agrees_with_a_plain_search(pieces: list[str], stop: list[str]) -> None:
     matcher, seen = StopMatcher(stop), ""

@@ -119,7 +119,10 @@ def test_experts_by_hand(layout: Layout) -> None:
         # logits 0 and log 9; four times what x = (1, 0) gives each expert
         [160 / 10 + 320 * 9 / 10, 0],
     ]
-    np.testing.assert_allclose(by_hand(layout)(x), expected, rtol=1e-6, atol=1e-4)
+    experts = by_hand(layout)
+    np.testing.assert_allclose(experts(x), expected, rtol=1e-6, atol=1e-4)
+    for i in range(3):  # with an expert that no row chooses
+        np.testing.assert_allclose(experts(x[i : i + 1]), expected[i : i + 1], rtol=1e-6, atol=1e-4)
 
 
 def test_experts_by_hand_are_the_dense_form_s() -> None:

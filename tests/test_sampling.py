@@ -57,13 +57,13 @@ def assert_distributed(ids: np.ndarray, shares: np.ndarray) -> None:
     assert ((counts[shares > 0] - expected) ** 2 / expected).sum() < CHI_SQUARE
 
 
-def sampled(params: SamplingParams, logits: Sequence[float] = LOGITS, **history: Sequence[int]) -> int:
-    return int(run(np.array(logits, np.float32), row_of(params, **history)).token_id)  # type: ignore[arg-type]
+def sampled(params: SamplingParams, logits: Sequence[float], seed: int = 0) -> int:
+    return int(run(np.array(logits, np.float32), row_of(params, seed=seed)).token_id)
 
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
     greedy = SamplingParams(temperature=0.0)
-    assert sampled(greedy) == 3
+    assert sampled(greedy, LOGITS.tolist()) == 3
     assert sampled(greedy, [1, 5, 5, 2]) == 1
     assert sampled(greedy, [-9, -7, -8, -7.5]) == 1
 
@@ -98,6 +98,11 @@ def test_all_64_bits_of_a_seed_count() -> None:
 )
 def test_top_k_keeps_the_k_likeliest(top_k: int, kept: int) -> None:
     assert_distributed(drawn(SamplingParams(top_k=top_k)), np.where(np.arange(4) >= 4 - kept, SHARES, 0))
+
+
+def test_top_k_one_takes_the_first_of_equals() -> None:
+    one = SamplingParams(temperature=2.0, top_k=1)
+    assert {sampled(one, [1, 5, 5, 2], seed=seed) for seed in range(9)} == {1}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_penalties_and_bias_add_up() -> None:
 def test_bias_bans_and_forces_drawn_tokens_too() -> None:
     assert 3 not in drawn(SamplingParams(logit_bias={3: -100.0}), num=300)
     assert set(drawn(SamplingParams(logit_bias={0: 100.0}), num=300)) == {0}
-    assert sampled(SamplingParams(temperature=0.0, logit_bias={3: -100.0})) == 2
+    assert sampled(SamplingParams(temperature=0.0, logit_bias={3: -100.0}), LOGITS.tolist()) == 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

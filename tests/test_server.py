@@ -63,6 +63,16 @@ async def serving(llm: LLM, settings: Settings | None = None) -> AsyncIterator[S
 
 
 @pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """What would have been done to this process: None is a request to stop, a number its exit status."""
+    ended: list[int | None] = []
+    monkeypatch.setattr(lifetime, "LINGER_SECONDS", 0.0)
+    monkeypatch.setattr(lifetime, "ask_to_stop", lambda: ended.append(None))
+    monkeypatch.setattr(lifetime, "end_process", ended.append)
+    return ended
+
+
+@pytest.fixture
 async def server(tiny_gguf: Path) -> AsyncIterator[Server]:
     async with serving(fake_llm(tiny_gguf)) as running:
         yield running
@@ -313,12 +323,8 @@ async def test_while_loading_everything_else_is_a_503(tiny_gguf: Path) -> None:
 
 
 async def test_a_failed_load_is_shown_and_ends_the_process(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ended: list[int | None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(lifetime, "LINGER_SECONDS", 0.0)
-    monkeypatch.setattr(lifetime, "end_process", ended.append)
-
     def load(settings: Settings, progress: object) -> LLM:
         raise ValueError("m.gguf: at byte 0: no GGUF file")
 
@@ -329,27 +335,26 @@ async def test_a_failed_load_is_shown_and_ends_the_process(
         assert (health.status, health.json["status"]) == (503, "error")
         assert health.json["error"] == "m.gguf: at byte 0: no GGUF file"
         assert (await Exchange(app, "POST", CHAT, HELLO).end()).status == 503
-    assert ended == [1]
+        assert ended == [None]
+    assert ended == [None, 1]
     assert "no GGUF file" in caplog.text
     assert "Traceback" not in caplog.text
 
 
 async def test_no_model_is_said_with_the_way_to_get_one(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ended: list[int | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(lifetime, "end_process", ended.append)
     monkeypatch.delenv("JAXMOE_MODEL", raising=False)
     app = create_app()
     async with app.test_app():
         await health_when(app, lambda health: health["status"] == "error")
     assert "python -m tools.synth_gguf" in caplog.text
+    assert ended[-1] == 1
 
 
 async def test_a_bad_setting_and_more_than_one_worker_are_refused(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ended: list[int | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lifetime, "end_process", lambda status: None)
     monkeypatch.setenv("JAXMOE_SLOTS", "none")
     async with create_app().test_app():
         assert "JAXMOE_SLOTS='none'" in caplog.text
@@ -357,6 +362,7 @@ async def test_a_bad_setting_and_more_than_one_worker_are_refused(
     monkeypatch.setattr(lifetime, "num_workers", lambda: 2)
     async with create_app().test_app():
         assert "run one worker" in caplog.text
+    assert ended.count(1) == 2
 
 
 # Errors.
@@ -497,18 +503,15 @@ async def test_a_step_that_fails_later_ends_the_stream_with_an_error(
 
 
 async def test_a_dead_engine_ends_the_process(
-    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ended: list[int | None], server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(lifetime, "LINGER_SECONDS", 0.0)
-    monkeypatch.setattr(lifetime, "end_process", ended.append)
     server.llm.close()
     assert (await server.ask(HELLO)).status == 503
     await asyncio.sleep(0.01)
     assert (await server.get("/health")).json["status"] == "error"
     await server.ask(HELLO)
     await asyncio.sleep(0.01)
-    assert ended == [1]
+    assert ended == [None]
 
 
 # Clients that leave.

@@ -109,6 +109,7 @@ def test_an_empty_key_is_no_key() -> None:
         ([], r"python -m tools\.synth_gguf"),
         (["m.gguf", "--slots", "none"], "JAXMOE_SLOTS='none'"),
         (["m.gguf", "--port", "x"], "invalid int value"),
+        (["m.gguf", "--api-key", "secret"], "unrecognized arguments"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from statistics import median, quantiles
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from tools.client import StreamRecord
 from tools.trial import GateFailed, NotRun, Trial
 
+# The machine's scheduler lets a process wait that has just been busy, the longer the stream before.
+PAUSE_SECONDS = 0.03
 Runs = Mapping[int, list[StreamRecord]]  # by length
 
 
@@ -35,7 +38,8 @@ async def _add_rounds(trial: Trial, prompt: str, runs: Runs) -> None:
     """Streams of each length in turn, and back, so that a slow moment meets all lengths alike."""
     for round_number in range(trial.scale.repeats):
         for length in sorted(runs, reverse=bool(round_number % 2)):
-            fields = {"max_tokens": length, "temperature": 1, "seed": len(runs[length])}
+            fields: dict[str, Any] = {"max_tokens": length, "temperature": 1, "seed": len(runs[length])}
+            await asyncio.sleep(PAUSE_SECONDS)
             record = await trial.stream(prompt, to_limit=True, **fields)
             _expect_terminal(trial, record)
             _expect_ids(trial, record, length)
