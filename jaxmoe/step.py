@@ -238,7 +238,8 @@ class Steps:
 
         self._prefill = compiled(prefill)
         self._decode = compiled(decode)
-        self._admit: Any = jax.jit(admit, donate_argnums=0)
+        # a function object of its own: JAX counts compilations by function, over all engines of a process
+        self._admit: Any = jax.jit(partial(admit), donate_argnums=0)
         self.reset()
 
     def reset(self) -> None:

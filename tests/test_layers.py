@@ -177,6 +177,20 @@ def test_rms_norm_takes_eps_inside_the_root() -> None:
     np.testing.assert_allclose(rms_norm(jnp.ones((1, 4)), jnp.full(4, 2.0), 3.0), 1)
 
 
+@pytest.mark.parametrize("shape", [(256,), (4, 64), (2, 64), (3, 96)])
+def test_a_norm_by_row_tiles_has_the_same_bits_in_any_number_of_rows(shape: tuple[int, ...]) -> None:
+    norm = RMSNorm(jnp.asarray(1 + inputs(2, shape[-1]) / 4), 1e-6)
+    x = np.random.default_rng(0).standard_normal((64, *shape)).astype(np.float32)
+
+    @jax.jit
+    def run(x: Array, num_rows: Array) -> Array:
+        return by_row_tiles(lambda tile: norm(tile, jnp.int32(1)), jnp.zeros_like(x), (x,), num_rows)
+
+    whole = run(x, np.int32(64))
+    for length in (8, 16):
+        np.testing.assert_array_equal(run(x[:length], np.int32(length)), whole[:length])
+
+
 @pytest.mark.parametrize(("num_rows", "tiles"), [(0, 0), (1, 1), (8, 1), (9, 2), (64, 8)])
 def test_tiles_hold_all_rows(num_rows: int, tiles: int) -> None:
     assert int(num_tiles(num_rows)) == tiles
