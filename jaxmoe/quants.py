@@ -24,7 +24,7 @@ Array = Any
 Layout = Literal["rows", "columns"]
 
 _PAIRED = 64  # inputs that share 32 bytes of 4-bit codes
-_SLICE_SIZE = 1 << 18  # packed bytes converted at a time: small enough for a core's own cache
+_SLICE_SIZE = 1 << 20  # packed bytes converted at a time: few calls, and temporaries of a few MB
 
 
 @dataclass(frozen=True, eq=False)
