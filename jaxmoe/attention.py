@@ -13,12 +13,12 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxmoe.cache import KVCache
-from jaxmoe.config import ModelConfig, RopeScaling
+from jaxmoe.config import MAX_PAGE_LENGTH, ModelConfig, RopeScaling
 from jaxmoe.layers import RMSNorm, StackedWeight, by_row_tiles, matmul
 
 # Keys a step of the softmax takes: cut at absolute positions, so that a token's sums do not depend on
 # how its prompt was cut into chunks.
-SEGMENT_LENGTH = 256
+SEGMENT_LENGTH = MAX_PAGE_LENGTH
 _QUERY_ROWS = 32
 
 

@@ -10,6 +10,7 @@ from jaxmoe.gguf import GGUFError, GGUFFile
 
 ARCHITECTURES: Final = ("qwen3moe",)
 CACHE_DTYPES: Final = ("float32", "bfloat16")
+MAX_PAGE_LENGTH: Final = 256  # one attention segment; pages are cut from it without a rest
 
 _MAX_CONTEXT: Final = 1 << 24
 _INT_KEYS: Final = (
@@ -33,7 +34,7 @@ _YARN_KEYS: Final = (
 _ATTN_FACTOR_KEYS: Final = ("attn_factor", "yarn_attn_factor")
 _ENGINE_RANGES: Final = (
     ("num_slots", 1, 1 << 10),
-    ("page_length", 1, 1 << 12),
+    ("page_length", 1, MAX_PAGE_LENGTH),
     ("prefill_chunk", 1, 1 << 16),
     ("max_waiting", 1, 1 << 20),
 )
@@ -159,6 +160,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, low, high in _ENGINE_RANGES:
             _check_int(name, getattr(self, name), low, high)
+        if MAX_PAGE_LENGTH % self.page_length:
+            raise ValueError(f"page_length must divide {MAX_PAGE_LENGTH}, got {self.page_length}")
         if self.context_length is not None:
             _check_int("context_length", self.context_length, 1, _MAX_CONTEXT)
         if self.cache_size is not None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -16,6 +17,7 @@ import jax
 from jaxmoe.cache import KVCache
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFFile
+from jaxmoe.layers import ROW_TILE
 from jaxmoe.request import (
     Decode,
     EngineStats,
@@ -134,6 +136,15 @@ class Engine:
             self._thread.start()  # on_finish is called on the engine's thread, always
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the engine takes no more requests: after `stop`, or a failure that it cannot mend.
+
+        `after_step` is called once more after it has become true.
+        """
+        with self._inbox:
+            return self._stopping
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id, for `cancel`.
@@ -333,7 +344,8 @@ class Engine:
 
 
 _CPU_CACHE_SIZE = 1 << 30
-_GPU_WORKSPACE_SIZE = 2 << 30
+_FIXED_WORKSPACE_SIZE = 1 << 30
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def load_engine(
@@ -385,20 +397,24 @@ def plan_shapes(
 ) -> Shapes:
     """Share the device's memory (sizes in bytes) between weights and cache.
 
-    Without a cache size, the cache takes 1 GiB on a CPU, and on a GPU what weights and workspace leave, but
-    never more than all slots can fill. Raises ValueError where something does not fit.
+    Without a cache size, the cache takes 1 GiB on a CPU, and on a GPU what weights and steps leave, but never
+    more than all slots can fill. Raises ValueError, with the sizes, where something does not fit.
     """
-    if weights_size > memory_size:
-        raise ValueError(f"the weights take {weights_size} bytes, the device has {memory_size}")
     page_length = engine_config.page_length
     dtype = engine_config.cache_dtype or ("float32" if on_cpu else "bfloat16")
     page_size = KVCache.page_size(config, page_length, dtype)
-    left = memory_size - weights_size
-    cache_size = engine_config.cache_size or (_CPU_CACHE_SIZE if on_cpu else left - _GPU_WORKSPACE_SIZE)
-    if cache_size > left or cache_size < page_size:
+    left = memory_size - weights_size - workspace_size(config, engine_config)
+    if left < page_size:
+        steps_size = memory_size - weights_size - left
         raise ValueError(
-            f"cache_size must be between {page_size} (one page) and {left} (what the weights leave) bytes, "
-            f"got {cache_size}"
+            f"the weights take {weights_size} bytes and the steps {steps_size}; the device has "
+            f"{memory_size}, which leaves no room for a cache page of {page_size}"
+        )
+    cache_size = engine_config.cache_size or min(left, _CPU_CACHE_SIZE if on_cpu else left)
+    if not page_size <= cache_size <= left:
+        raise ValueError(
+            f"cache_size must be between {page_size} (one page) and {left} (what weights and steps leave) "
+            f"bytes, got {cache_size}"
         )
     context_length = min(config.context_length, engine_config.context_length or config.context_length)
     pages_a_slot = -(-context_length // page_length)
@@ -413,9 +429,27 @@ def plan_shapes(
     )
 
 
+def workspace_size(config: ModelConfig, engine_config: EngineConfig) -> int:
+    """Bytes that steps need beside weights and cache: sampling state, a chunk's temporaries, RoPE tables."""
+    sampling = engine_config.num_slots * config.vocab_size * 9
+    pairs = engine_config.prefill_chunk * config.experts_per_token + ROW_TILE * config.num_experts
+    heads = config.num_heads * config.head_dim
+    chunk = 4 * (
+        pairs * (config.d_model + config.expert_width)
+        + engine_config.prefill_chunk * 8 * (config.d_model + heads)
+    )
+    context_length = engine_config.context_length or config.context_length
+    rope = 4 * min(context_length, config.context_length) * config.head_dim
+    return _FIXED_WORKSPACE_SIZE + sampling + chunk + rope
+
+
 def _memory_size() -> int:
-    """Bytes of the device's memory that JAX may use; of the machine's where the device is the CPU."""
+    """Bytes of the device's memory that JAX may use; of the machine's or container's where that is a CPU."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(_CONTAINER_LIMIT.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return machine

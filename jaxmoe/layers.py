@@ -18,6 +18,9 @@ from jax import Array, lax
 from jaxmoe.quants import QuantTensor
 
 ROW_TILE = 8
+# Rows of the smallest step. A tile must never be the whole array: XLA then takes what is done to it out of
+# the loop and sums in another order (seen with jax 0.12).
+MIN_ROWS = 2 * ROW_TILE
 # Columns dequantised at a time: on a CPU what a core's caches hold, on a GPU few kernels.
 COLUMN_TILES = {"cpu": 512}
 _DEFAULT_COLUMN_TILE = 16384
@@ -38,7 +41,8 @@ def num_tiles(num_rows: Array | int) -> Array:
 def by_row_tiles(function: Callable[..., Any], out: Any, rows: Sequence[Array], num_rows: Array | int) -> Any:
     """Apply `function` to ROW_TILE rows at a time: (tiles of `rows`) -> a pytree like `out`.
 
-    `rows` and `out` are [M, ...] with M a multiple of ROW_TILE; tiles past `num_rows` keep what `out` holds.
+    `rows` and `out` are [M, ...], M a multiple of ROW_TILE and at least MIN_ROWS; tiles past `num_rows` keep
+    what `out` holds.
     """
 
     def body(i: Array, out: Any) -> Any:
@@ -50,8 +54,8 @@ def by_row_tiles(function: Callable[..., Any], out: Any, rows: Sequence[Array], 
 
 
 def padded_rows(x: Array) -> Array:
-    """`x` [M, ...] with zero rows up to a multiple of ROW_TILE."""
-    missing = -x.shape[0] % ROW_TILE
+    """`x` [M, ...] with zero rows up to MIN_ROWS and a multiple of ROW_TILE."""
+    missing = max(MIN_ROWS - x.shape[0], -x.shape[0] % ROW_TILE)
     return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
 
 
@@ -112,11 +116,10 @@ class StackedWeight(nnx.Module):
         branches = [lambda i, stack=stack: function(stack.tensor, i) for stack in self.stacks]
         return lax.switch(which, branches, index)
 
-    @property
-    def num_outputs(self) -> int:
-        """N of the product."""
-        tensor = self.stacks[0].tensor
-        return tensor.shape[-1 if tensor.layout == "columns" else -2]
+
+def num_outputs(w: QuantTensor) -> int:
+    """N of the product."""
+    return w.shape[-1 if w.layout == "columns" else -2]
 
 
 def halves(x: Array, w: QuantTensor) -> tuple[Array, ...]:
@@ -209,8 +212,11 @@ def tile_product(x: Array, values: Sequence[Array], w: QuantTensor) -> Array:
 
 
 def matmul(x: Array, w: QuantTensor, index: Index, num_rows: Array | int) -> Array:
-    """x [M, K] times the matrix at `index` of `w` -> [M, N] float32; rows past `num_rows` are 0."""
-    num_columns = w.shape[-1 if w.layout == "columns" else -2]
+    """x [M, K] times the matrix at `index` of `w` -> [M, N] float32; tiles past `num_rows` are 0.
+
+    M is a multiple of ROW_TILE and at least MIN_ROWS.
+    """
+    num_columns = num_outputs(w)
     width = column_tile(num_columns)
 
     def columns(i: Array, out: Array) -> Array:

@@ -84,13 +84,13 @@ class Decoder(nnx.Module):
         return lax.fori_loop(0, self.config.num_layers, layer, (x, cache))
 
     def logits(self, hidden: Array, num_rows: Array) -> Array:
-        """hidden [B, D] -> logits [B, V] float32 of the first `num_rows` rows."""
+        """hidden [B, D] -> logits of the first `num_rows` rows, float32 [MIN_ROWS or more, V]."""
         with jax.named_scope("logits"):
             x = padded_rows(hidden)
             norm: Any = lambda tile: rms_norm(tile, self.final_norm[...], self.config.norm_eps)  # noqa: E731
             x = by_row_tiles(norm, jnp.zeros_like(x), (x,), num_rows)
             tied = self.embedding.weight if self.output is None else self.output
-            return matmul(x, tied.tensor, (), num_rows)[: hidden.shape[0]]
+            return matmul(x, tied.tensor, (), num_rows)
 
 
 def _normed(norm: RMSNorm, x: Array, rows: Rows, layer: Array) -> Array:

@@ -18,6 +18,7 @@ from jaxmoe.layers import (
     column_tile,
     dequantised_halves,
     matmul,
+    num_outputs,
     tile_product,
     weight_tile,
 )
@@ -86,8 +87,7 @@ def grouped_matmul(
     (stack [L, E, ...], index in the stack); `combine` takes one product [ROW_TILE, width] for each.
     An expert's weights are dequantised once for all of its rows.
     """
-    first = weights[0][0]
-    num_columns = first.shape[-1 if first.layout == "columns" else -2]
+    num_columns = num_outputs(weights[0][0])
     width = column_tile(num_columns)
 
     def expert(i: Array, out: Array) -> Array:

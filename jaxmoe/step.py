@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ from jax import Array, lax
 from jaxmoe.attention import SEGMENT_LENGTH, Rows, query_tile
 from jaxmoe.cache import KVCache
 from jaxmoe.config import ModelConfig
-from jaxmoe.layers import ROW_TILE
+from jaxmoe.layers import MIN_ROWS
 from jaxmoe.model import Decoder
 from jaxmoe.request import Decode, Prefill, SampledToken, SamplingParams, TokenLogprobs
 from jaxmoe.sampling import Sampled, SamplingRow, sample
+
+logger = logging.getLogger(__name__)
 
 _SMALLEST_PREFILL = 64
 _FLOAT_PARAMS = ("top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -48,10 +51,6 @@ class Shapes:
     prefill_chunk: int
     cache_dtype: str
 
-    def __post_init__(self) -> None:
-        if SEGMENT_LENGTH % self.page_length:
-            raise ValueError(f"page_length must divide {SEGMENT_LENGTH}, got {self.page_length}")
-
     @property
     def table_length(self) -> int:
         """Pages of the longest context, up to a whole attention segment."""
@@ -65,8 +64,8 @@ class Shapes:
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
-        """Slot counts that decode is compiled for: ROW_TILE, doubled until all slots fit."""
-        buckets = [ROW_TILE]
+        """Slot counts that decode is compiled for: MIN_ROWS, doubled until all slots fit."""
+        buckets = [MIN_ROWS]
         while buckets[-1] < self.num_slots:
             buckets.append(2 * buckets[-1])
         return tuple(buckets)
@@ -240,10 +239,17 @@ class Steps:
         self._decode = compiled(decode)
         # a function object of its own: JAX counts compilations by function, over all engines of a process
         self._admit: Any = jax.jit(partial(admit), donate_argnums=0)
-        self.reset()
+        self._make_state()
 
     def reset(self) -> None:
         """An empty cache and idle slots, after a failed step has lost the donated ones."""
+        for array in jax.tree.leaves((self._cache, self._slots)):
+            # a step that failed before it ran took nothing: two caches do not fit
+            if not array.is_deleted():
+                array.delete()
+        self._make_state()
+
+    def _make_state(self) -> None:
         shapes = self.shapes
         self._cache = KVCache.empty(self.config, shapes.num_pages, shapes.page_length, shapes.cache_dtype)
         self._slots = _idle_slots(shapes.num_slots, self.vocab_size)
@@ -254,7 +260,7 @@ class Steps:
         self._device_active: tuple[Array, Array] | None = None
 
     def warm(self, progress: Callable[[float], None] = lambda _: None) -> None:
-        """Compile and run every bucket once, with no real rows: the state stays as it is."""
+        """Compile and run every bucket once, with no real rows; before the first request only."""
         shapes = self.shapes
         work: list[Callable[[], Any]] = [
             *(partial(self._warm_prefill, num_tokens) for num_tokens in shapes.prefill_buckets),
@@ -340,12 +346,27 @@ def _idle_slots(num_slots: int, vocab_size: int) -> Slots:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled steps in a directory of the user's own, unless JAX was already told where."""
+    """Keep compiled steps in a directory of the user's own, unless JAX was already told where.
+
+    A directory that cannot be made, or that others may write to, is not used; a warning says so.
+    """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = root / "jaxmoe" / "xla"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory = _private_directory()
+    except (OSError, RuntimeError) as error:
+        logger.warning("compiled steps are not kept: %s", error)
+        return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _private_directory() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = root / "jaxmoe" / "xla"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise RuntimeError(f"{directory} is another user's, or others may write to it")
+    return directory

@@ -96,10 +96,15 @@ class _Tensors:
         return self.get(_OUTPUT, "VD") if _OUTPUT in self.file.tensors else None
 
     def all(self) -> list[GGUFTensor]:
-        """Every tensor that the network reads."""
+        """Every tensor that the network reads; GGUFError names one of the file that it would not."""
         single = [self.get(_EMBEDDING, "VD"), self.get(_FINAL_NORM, "D"), self.output()]
         by_layer = [self.layers(role) for role in (*_MATRICES, *_NORMS)]
-        return [tensor for tensor in (*single, *chain(*by_layer)) if tensor is not None]
+        read = [tensor for tensor in (*single, *chain(*by_layer)) if tensor is not None]
+        unread = self.file.tensors.keys() - {tensor.name for tensor in read}
+        if unread:
+            what = f"tensor '{min(unread)}' is none that this network knows: it cannot be left out"
+            raise GGUFError(self.file.path, None, what)
+        return read
 
 
 def device_weights_size(file: GGUFFile, config: ModelConfig) -> int:

@@ -14,6 +14,7 @@ from jax import Array
 
 from jaxmoe import layers
 from jaxmoe.layers import (
+    MIN_ROWS,
     ROW_TILE,
     Index,
     RMSNorm,
@@ -187,7 +188,7 @@ def test_a_norm_by_row_tiles_has_the_same_bits_in_any_number_of_rows(shape: tupl
         return by_row_tiles(lambda tile: norm(tile, jnp.int32(1)), jnp.zeros_like(x), (x,), num_rows)
 
     whole = run(x, np.int32(64))
-    for length in (8, 16):
+    for length in (MIN_ROWS, 3 * ROW_TILE):
         np.testing.assert_array_equal(run(x[:length], np.int32(length)), whole[:length])
 
 
@@ -204,7 +205,7 @@ def test_tiles_past_the_last_row_keep_what_was_there() -> None:
     np.testing.assert_array_equal(out[1], [1.0] * 16 + [0.0] * 8)
 
 
-@pytest.mark.parametrize(("length", "expected"), [(1, 8), (8, 8), (9, 16)])
+@pytest.mark.parametrize(("length", "expected"), [(1, 16), (8, 16), (16, 16), (17, 24)])
 def test_padding_adds_zero_rows_up_to_a_tile(length: int, expected: int) -> None:
     x = jnp.ones((length, 2, 3))
     y = padded_rows(x)
