@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxmoe.config import EngineConfig
     from jaxmoe.llm import LLM, Event, GenerateResult, Generation, Timings
     from jaxmoe.request import (
+        MAX_TOP_LOGPROBS,
         EngineStats,
         EngineStopped,
         FinishReason,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "MAX_TOP_LOGPROBS",
     "EngineConfig",
     "EngineStats",
     "EngineStopped",
@@ -46,6 +48,7 @@ _HOMES: Final = {
     "GenerateResult": "llm",
     "Generation": "llm",
     "Timings": "llm",
+    "MAX_TOP_LOGPROBS": "request",
     "EngineStats": "request",
     "EngineStopped": "request",
     "FinishReason": "request",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from jaxmoe.chat import ChatTemplate
 from jaxmoe.config import EngineConfig, ModelConfig
-from jaxmoe.gguf import GGUFError, GGUFFile, read_gguf
+from jaxmoe.gguf import GGUFFile, read_gguf
 from jaxmoe.request import (
     EngineStats,
     FinishReason,
@@ -27,6 +28,8 @@ from jaxmoe.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from jaxmoe.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 Loop = asyncio.AbstractEventLoop
 
@@ -237,11 +240,6 @@ class Generation:
         self._num_tokens = 0
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.prompt_ids)
-
-    @property
     def finished(self) -> bool:
         """True once the last event of every choice was taken out."""
         return self._num_unfinished == 0
@@ -338,6 +336,9 @@ class LLM:
         self.sampling_defaults = _read_sampling_defaults(file)
         self._template = ChatTemplate.from_gguf(file, self.tokenizer)
         self._fresh: dict[Generation, None] = {}
+        self._on_stopped: Callable[[], None] | None = None
+        self.model_id = self.config.name
+        self.created = int(time.time())
         # Imported here: until a model is loaded nothing needs JAX, which takes seconds to import.
         from jaxmoe.engine import load_engine
 
@@ -346,12 +347,14 @@ class LLM:
             self.config,
             engine_config or EngineConfig(),
             eos_ids=self.tokenizer.eos_ids,
-            after_step=self._wake_loops,
+            after_step=self._after_step,
             progress=progress,
         )
-        self.model_id = self.config.name
-        self.created = int(time.time())
-        progress("ready", 1.0)
+        try:
+            progress("ready", 1.0)
+        except BaseException:
+            self.close()  # else its thread would outlive an object that nobody has
+            raise
 
     def __enter__(self) -> LLM:
         return self
@@ -362,6 +365,15 @@ class LLM:
     def close(self, seconds: float = 10.0) -> bool:
         """Stop the engine; what still runs ends as cancelled. False if `seconds` were not enough."""
         return self._engine.stop(seconds)
+
+    def when_stopped(self, on_stopped: Callable[[], None]) -> None:
+        """Have `on_stopped` called once the engine takes no more requests: on its thread, or here if now.
+
+        It may be called more than once, and must not block.
+        """
+        self._on_stopped = on_stopped
+        if self._engine.has_stopped:
+            on_stopped()
 
     @property
     def context_length(self) -> int:
@@ -426,9 +438,12 @@ class LLM:
     ) -> GenerateResult:
         """Generate and wait; `on_token`, on the engine's thread, sees each id and ends it with False.
 
+        Without `params` the file's recommendations apply (`sampling_defaults`), as they do in the server.
         Raises RequestError as `submit` does, RuntimeError when the engine fails.
         """
-        ids, params = tuple(prompt_ids), self._bounded(params or SamplingParams())
+        if params is None:
+            params = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
+        ids, params = tuple(prompt_ids), self._bounded(params)
         events: SimpleQueue[Event] = SimpleQueue()
         transcript = self._transcript(params, events.put)
 
@@ -467,8 +482,14 @@ class LLM:
         transcript = self._transcript(params, emit, index)
         return Request(generation.prompt_ids, params, take_token, transcript.on_logprobs, finish)
 
+    def _after_step(self) -> None:
+        """Once a step, and last when the engine ends, on its thread."""
+        self._wake_loops()
+        if self._on_stopped is not None and self._engine.has_stopped:
+            self._on_stopped()
+
     def _wake_loops(self) -> None:
-        """Once a step, on the engine's thread: one wake-up an event loop for all that is new."""
+        """One wake-up an event loop for all that is new."""
         if not self._fresh:
             return
         fresh = tuple(self._fresh)
@@ -511,16 +532,23 @@ def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
 
 
 def _read_sampling_defaults(file: GGUFFile) -> Mapping[str, float]:
-    """The sampling parameters that the file recommends, by SamplingParams' names."""
+    """The sampling parameters that the file recommends, by SamplingParams' names, but for unusable ones."""
     found: dict[str, float] = {}
     for name, key in _SAMPLING_KEYS:
-        read = file.get_int if name == "top_k" else file.get_float
-        value = read(key, default=None)
-        if value is None:
+        if key not in file.metadata:
             continue
         try:
-            SamplingParams(**{name: value})  # type: ignore[arg-type]
-        except RequestError as error:
-            raise GGUFError(file.path, None, f"'{key}': {error}") from error
-        found[name] = value
+            found[name] = _read_sampling_default(file, name, key)
+        except ValueError as error:
+            logger.warning("the recommendation '%s' is skipped: %s", key, error)
     return MappingProxyType(found)
+
+
+def _read_sampling_default(file: GGUFFile, name: str, key: str) -> float:
+    value = file.get_float(key)
+    if name == "top_k":
+        if not value.is_integer():
+            raise RequestError(f"top_k must be an integer, got {value:g}", param=name)
+        value = int(value)
+    SamplingParams(**{name: value})  # type: ignore[arg-type]
+    return value

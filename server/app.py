@@ -12,7 +12,6 @@ from uuid import uuid4
 
 from quart import Quart, Response, request
 
-from jaxmoe import EngineStopped
 from server import lifetime
 from server.access import check_access
 from server.backend import Backend, Load, load_llm
@@ -48,9 +47,6 @@ def _add_checks(app: Quart, service: Service) -> None:
 
     @app.errorhandler(Exception)
     async def answer_error(error: Exception) -> Response:
-        if isinstance(error, EngineStopped) and service.backend.status == "ok":
-            service.backend.fail(error)
-            lifetime.stop_soon()
         failure = failure_of(error, _call().request_id)
         return json_response(failure.body, failure.status, failure.headers)
 

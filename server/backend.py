@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final, Literal
 
-from jaxmoe import LLM
+from jaxmoe import LLM, EngineStopped
 from server.errors import LOG, Failure
 from server.settings import SettingError, Settings
 
@@ -56,18 +56,26 @@ class Backend:
         raise Failure(503, message, code="not_ready", headers={"Retry-After": "2"})
 
     def start(self, settings: Settings, on_failure: Callable[[], None]) -> None:
-        """Load in a thread; `on_failure` is called on the event loop when that fails."""
+        """Load in a thread; `on_failure` is called on the event loop when that fails, or the engine later."""
         loop = asyncio.get_running_loop()
+
+        def call_soon(call: Callable[[], None]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the process ends anyway
+                loop.call_soon_threadsafe(call)
+
+        def notice() -> None:
+            if self.status == "ok":
+                self.fail(EngineStopped("the engine has stopped"))
+                on_failure()
 
         def load() -> None:
             try:
-                self._take(self._load(settings, self._report))
+                self._take(self._load(settings, self._report), lambda: call_soon(notice))
             except _GivenUp:
                 return
             except Exception as error:
                 self.fail(error)
-                with suppress(RuntimeError):  # the loop is closed: the process ends anyway
-                    loop.call_soon_threadsafe(on_failure)
+                call_soon(on_failure)
 
         self._thread = threading.Thread(target=load, name="jaxmoe-load", daemon=True)
         self._thread.start()
@@ -102,11 +110,12 @@ class Backend:
         error = {} if self.error is None else {"error": self.error}
         return {"status": self.status, "phase": self.phase, "progress": self.progress, **stats, **error}
 
-    def _take(self, llm: LLM) -> None:
+    def _take(self, llm: LLM, on_stopped: Callable[[], None]) -> None:
         self._llm = llm
         if self.status == "loading":
             self.status, self.phase, self.progress = "ok", "ready", 1.0
             LOG.info("serving %s", llm.model_id)
+            llm.when_stopped(on_stopped)
         else:
             llm.close()
 

@@ -14,14 +14,13 @@ from math import isinf
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
-from jaxmoe import RequestError, SamplingParams
+from jaxmoe import MAX_TOP_LOGPROBS, RequestError, SamplingParams
 
 MAX_BODY_SIZE: Final = 8 << 20
 MAX_DEPTH: Final = 64
 MAX_COMMAS: Final = 1 << 19
 MAX_MESSAGES: Final = 2048
 MAX_CHOICES: Final = 8
-MAX_TOP_LOGPROBS: Final = 20
 
 Check = Callable[[Any, str], Any]
 

@@ -91,7 +91,7 @@ OPTIONS: Final = (
     Option("JAXMOE_CACHE_SIZE", "engine", "cache_size", _size, "bytes, or a size such as 4GiB"),
     Option("JAXMOE_CACHE_DTYPE", "engine", "cache_dtype", _text, "float32 or bfloat16"),
     Option("JAXMOE_PREFILL_CHUNK", "engine", "prefill_chunk", int, "a number of tokens"),
-    Option("JAXMOE_PAGE_LENGTH", "engine", "page_length", int, "a number of tokens"),
+    Option("JAXMOE_PAGE_LENGTH", "engine", "page_length", int, "a number of tokens that divides 256"),
     Option("JAXMOE_MAX_WAITING", "engine", "max_waiting", int, "a number of requests"),
     Option("JAXMOE_COMPILATION_CACHE", "engine", "compilation_cache", _switch, "true or false"),
     Option("JAXMOE_TEMPERATURE", "sampling", "temperature", float, "a number from 0 to 2"),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
-STEP_SECONDS, CHUNK_SECONDS = 0.001, 0.01
+STEP_SECONDS, CHUNK_SECONDS = 0.002, 0.01
 SLOTS, PAGES, PAGE_LENGTH, CHUNK_LENGTH, CONTEXT = 6, 800, 64, 512, 4096
 WORDS = (
     " the",

@@ -154,9 +154,14 @@ def test_role_finish_and_usage_are_not_tokens_and_reasoning_is() -> None:
     assert [chunk.bears_tokens for chunk in record.chunks] == [False, True, True, False, False]
     assert (record.text, record.token_ids, record.finish_reasons) == ("hmx", [1, 2, 3, 4], ["stop"])
     assert (record.ttft_ms, record.gaps_ms, record.step_ms) == (1000, [1000], 1000)
-    assert (record.completion_tokens, record.engine_ms) == (4, 1.5)
+    assert (record.completion_tokens, record.engine_ms) == (4, 2)
     record.add(6, json.dumps(usage))
     assert record.after_done == 1
+
+
+def test_one_token_has_no_gap_by_the_engine_either() -> None:
+    record = StreamRecord(chunks=[Chunk(0.1, {"timings": {"predicted_n": 1, "predicted_ms": 0}})])
+    assert record.engine_ms is None
 
 
 def test_a_stream_without_tokens_has_no_first_one() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from tools.discharge import Server, discharge, exit_status, turn_red
 from tools.environment import host_name, read_environment
 from tools.evidence import scrub, shown_path
 from tools.launch import LaunchError, launch
+from tools.synth_vocab import make_vocabulary
 from tools.target import Health
 from tools.trial import NotRun, Scale, Trial, run_gate
 from tools.vocabulary import Vocabulary
 
 TESTS = Path(__file__).parent
-SMALL = Scale(repeats=3, texts=1, disconnects=10)
+SMALL = Scale(repeats=5, texts=1, disconnects=10)
 VOCABULARY = Vocabulary(fake_openai.PIECES, fake_openai.END)
 LEADING_SLASH = re.compile(r"(?<![\w:/.<])/(?!v1/|health)\w")
 
@@ -61,15 +64,54 @@ def shorter(gate: Gate) -> Gate:
     return replace(gate, thresholds={**gate.thresholds, **shorter_by_gate.get(gate.id, {})})
 
 
+class Watched(dict[str, Any]):
+    """Thresholds that note which of them a gate reads, those of a nested table as `table.name`."""
+
+    def __init__(self, thresholds: Mapping[str, Any], read: set[str], prefix: str = "") -> None:
+        super().__init__(thresholds)
+        self._read, self._prefix = read, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        self._read.add(self._prefix + name)
+        return Watched(value, self._read, f"{name}.") if isinstance(value, dict) else value
+
+
+def names_of(thresholds: Mapping[str, Any]) -> set[str]:
+    nested = {name: value if isinstance(value, dict) else {} for name, value in thresholds.items()}
+    return set(thresholds) | {f"{name}.{key}" for name, table in nested.items() for key in table}
+
+
 def read_folder(folder: Path, name: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
     return document
 
 
 @pytest.mark.e2e
-def test_every_gate_is_green_on_a_right_server(fake: Server, tmp_path: Path) -> None:
-    status = asyncio.run(discharge(fake, contracts(), command="x", out=tmp_path, scale=SMALL))
+def test_every_gate_is_green_on_a_right_server(
+    fake: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reads each of its thresholds and makes each of its checks."""
+    read, made = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    expect = Trial.expect
+
+    def noted(trial: Trial, holds: bool, check: str, evidence: str) -> None:
+        made[trial.gate.id].add(check)
+        expect(trial, holds, check, evidence)
+
+    def watched(contract: Contract) -> Contract:
+        gates = (replace(one, thresholds=Watched(one.thresholds, read[one.id])) for one in contract.gates)
+        return replace(contract, gates=tuple(gates))
+
+    monkeypatch.setattr(Trial, "expect", noted)
+    asked = [watched(contract) for contract in contracts()]
+    status = asyncio.run(discharge(fake, asked, command="x", out=tmp_path, scale=SMALL))
     assert status == 0
+    assert {gate.id: set(gate.checks) for one in asked for gate in one.gates} == made
+    unread = {gate.id: names_of(gate.thresholds) - read[gate.id] for one in asked for gate in one.gates}
+    others = {name: gate_named("V1_003").thresholds[name] for name in ("h200_30b", "other")}
+    elsewhere = {"V1_001": {"held_chunk_share"}, "V1_003": names_of(others)}  # tested below
+    assert {gate_id: names for gate_id, names in unread.items() if names} == elsewhere
     for contract in contracts():
         findings = read_folder(tmp_path / contract.name, "findings.json")
         assert schema_problems(findings, "findings.schema.json") == []
@@ -155,9 +197,31 @@ def test_without_the_vocabulary_a_server_may_hold_some_ids_but_not_merge_all(
 ) -> None:
     gate = next(gate for gate in contracts()[0].gates if gate.id == "V1_001")
     merged = tuple(red for red in gate.red if red.mutant == "merged_tokens")
-    contract = Contract("one", "1.0.0", (replace(gate, red=merged),))
+    read: set[str] = set()
+    thresholds = Watched(gate.thresholds, read)
+    contract = Contract("one", "1.0.0", (replace(gate, red=merged, thresholds=thresholds),))
     unknown = replace(fake, vocabulary=None)
     assert asyncio.run(turn_red(unknown, [contract], command="x", out=tmp_path, scale=SMALL)) == 0
+    assert "held_chunk_share" in read
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("speed", "impossible"),
+    [
+        ("other", {"median_ms": 0}),
+        ("h200_30b", {"median_ms": 0, "p95_over_median": 1000}),
+        ("h200_30b", {"median_ms": 1000, "p95_over_median": 0}),
+    ],
+)
+def test_the_other_speeds_have_thresholds_of_their_own(
+    fake: Server, tmp_path: Path, speed: str, impossible: dict[str, float]
+) -> None:
+    gate = gate_named("V1_003")
+    assert set(gate.thresholds[speed]) == set(impossible)
+    contract = Contract("one", "1.0.0", (replace(gate, thresholds={**gate.thresholds, speed: impossible}),))
+    server = replace(fake, speed=speed)
+    assert asyncio.run(discharge(server, [contract], command="x", out=tmp_path, scale=SMALL)) == 1
 
 
 def test_a_server_that_does_not_come_up_is_a_sentence(tmp_path: Path) -> None:
@@ -166,6 +230,34 @@ def test_a_server_that_does_not_come_up_is_a_sentence(tmp_path: Path) -> None:
         launch("no_such_app:app", Path("none"), log=tmp_path / "log", seconds=30),
     ):
         pass
+
+
+def test_the_model_is_found_from_the_folder_the_tool_was_called_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tell.py").write_text("import os\nraise SystemExit('model ' + os.environ['JAXMOE_MODEL'])")
+    monkeypatch.chdir(tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    with (
+        pytest.raises(LaunchError, match=re.escape(f"model {tmp_path / 'sub' / 'a.gguf'}")),
+        launch("tell:app", Path("sub/a.gguf"), log=tmp_path / "log", seconds=30, environment=environment),
+    ):
+        pass
+
+
+def test_a_model_is_served_with_the_chunks_the_gates_count(
+    monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path
+) -> None:
+    settings: dict[str, str] = {}
+
+    @contextmanager
+    def launched(app: str, model: Path, *, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+        settings.update(environment)
+        yield "http://there"
+
+    monkeypatch.setattr(tool, "launch", launched)
+    with tool.serve(tiny_gguf, "server:app"):
+        assert settings == {"JAXMOE_PREFILL_CHUNK": "512"}
 
 
 def test_a_server_that_is_not_there_is_a_sentence(
@@ -290,6 +382,39 @@ def test_the_vocabulary_of_a_file_spells_its_tokens(tiny_gguf: Path) -> None:
     assert vocabulary.end_token_id in tokenizer.eos_ids
     assert vocabulary.pieces[vocabulary.end_token_id or 0] == b""
     assert vocabulary.decode(vocabulary.byte_ids("中")) == "中"
+
+
+def test_every_id_is_silent_or_spelt_as_the_server_has_it(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    from jaxmoe.gguf import read_gguf
+    from jaxmoe.tokenizer import TextStream, Tokenizer
+
+    made = make_vocabulary(512)
+    extra = {"[PAD512]": 5, "<unk>": 2, "é": 4, "<end of turn>": 4, "plain": 1, "日": 1}
+    tokens, types = [*made.tokens, *extra], [*made.token_types, *extra.values()]
+    writer = GGUFWriter(tmp_path / "vocabulary.gguf", "qwen3moe")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(list(made.merges))
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_eot_token_id(tokens.index("<end of turn>"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    vocabulary = Vocabulary.from_gguf(tmp_path / "vocabulary.gguf")
+    tokenizer = Tokenizer.from_gguf(read_gguf(tmp_path / "vocabulary.gguf"))
+    for token_id, token in enumerate(tokens):
+        stream = TextStream(tokenizer)
+        assert vocabulary.decode([token_id]) == stream.push(token_id) + stream.finish(), token
+    silent = {token for token, piece in zip(tokens, vocabulary.pieces, strict=True) if not piece}
+    assert {"[PAD512]", "<unk>", "<end of turn>", "<|im_end|>"} <= silent
+    letter = vocabulary.byte_ids("a")
+    assert vocabulary.held_rightly([[tokens.index("[PAD512]"), *letter], letter])
 
 
 def test_several_ids_in_a_chunk_are_right_only_for_an_unfinished_character() -> None:

@@ -1,4 +1,7 @@
-"""The app in a real hypercorn process over a stand-in for the device: what only sockets can show."""
+"""The app in a real hypercorn process: what only sockets can show.
+
+Most of it is over a stand-in for the device, the last part over the real steps.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ import h2.connection
 import h2.events
 import openai
 import pytest
+
+from tools.launch import launch
 
 pytestmark = pytest.mark.e2e
 
@@ -48,14 +53,7 @@ class Process:
         )
 
     def health(self) -> dict[str, Any] | None:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
-                return dict(json.load(response))
-        except urllib.error.HTTPError as error:
-            with error:
-                return dict(json.load(error))
-        except OSError:
-            return None
+        return health_at(self.url)
 
     def wait_for(self, **wanted: Any) -> dict[str, Any]:
         return self.wait(30, **wanted)
@@ -78,6 +76,17 @@ class Process:
         """Exit status and output."""
         output = self.popen.communicate(timeout=seconds)[0]
         return self.popen.returncode, output
+
+
+def health_at(url: str) -> dict[str, Any] | None:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+            return dict(json.load(response))
+    except urllib.error.HTTPError as error:
+        with error:
+            return dict(json.load(error))
+    except OSError:
+        return None
 
 
 def free_port() -> int:
@@ -411,3 +420,64 @@ def test_python_m_server_says_what_is_wrong(tmp_path: Path, tiny_gguf: Path) -> 
         status, output = process.end()
     assert status == 2
     assert "python -m tools.synth_gguf" in output
+
+
+# The real steps.
+
+
+@pytest.fixture(scope="module")
+def real_url(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    environment = {
+        "JAXMOE_SLOTS": "20",
+        "JAXMOE_PREFILL_CHUNK": "64",
+        "JAXMOE_COMPILATION_CACHE": "off",  # the user's own is no place for a test
+    }
+    log = tmp_path_factory.mktemp("real") / "server.log"
+    with launch("server:app", tiny_gguf, log=log, seconds=120, environment=environment) as url:
+        yield url
+
+
+def is_idle(health: dict[str, Any] | None) -> bool:
+    idle = {"running": 0, "waiting": 0}
+    return health is not None and {**health, **idle, "free_pages": health["total_pages"]} == health
+
+
+def test_real_steps_stream_what_they_give_whole(real_url: str) -> None:
+    with openai.OpenAI(base_url=f"{real_url}/v1", api_key="none", max_retries=0) as client:
+        asked: Any = {"model": "any", "messages": HELLO, "max_tokens": 40, "seed": 3}
+        whole = client.chat.completions.create(**asked)
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert text
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_client_that_leaves_frees_the_real_steps(real_url: str) -> None:
+    with openai.OpenAI(base_url=f"{real_url}/v1", api_key="none", max_retries=0) as client:
+        asked: Any = {"model": "any", "messages": HELLO, "max_tokens": 900, "seed": 3, "n": 8}
+        stream = client.chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
+        times = [time.perf_counter() for _, _ in zip(range(240), stream, strict=False)]
+        stream.close()
+    seconds_a_token = (times[-1] - times[80]) / (160 / 8)
+    # Where nobody notices, 600 of the 900 are still to come by then.
+    end = time.perf_counter() + 300 * seconds_a_token
+    while not is_idle(health := health_at(real_url)):
+        assert time.perf_counter() < end, health
+        time.sleep(0.01)
+
+
+async def test_twenty_real_streams_get_what_they_get_alone(real_url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{real_url}/v1", api_key="none", max_retries=0) as client:
+
+        async def ask(seed: int) -> str:
+            asked: Any = {"model": "any", "max_tokens": 40, "seed": seed}
+            messages: Any = [{"role": "user", "content": f"number {seed} " * (seed + 1)}]
+            stream = await client.chat.completions.create(**asked, messages=messages, stream=True)
+            chunks = [chunk async for chunk in stream]
+            assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+        together = await asyncio.gather(*(ask(seed) for seed in range(20)))
+        assert len(set(together)) == 20
+        assert together == [await ask(seed) for seed in range(20)]

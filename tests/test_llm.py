@@ -7,17 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_model import NUM_PLAIN, fake_llm, plain, script
+from fake_steps import FakeSteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe import EngineConfig, Event, Generation, QueueFull, RequestError, SamplingParams, TokenLogprobs
-from jaxmoe.gguf import GGUFError, GGUFFile
+from jaxmoe.engine import Engine
+from jaxmoe.gguf import GGUFFile
 from jaxmoe.llm import LLM, MAX_UNREAD_EVENTS, StopMatcher, Transcript, _read_sampling_defaults
 from jaxmoe.tokenizer import TextStream, Tokenizer
 
@@ -441,9 +443,78 @@ def test_sampling_defaults_come_from_the_file() -> None:
     metadata = {"general.sampling.temp": 0.6, "general.sampling.top_k": 20, "general.sampling.top_p": 0.95}
     file = GGUFFile(Path("m.gguf"), metadata, {})
     assert _read_sampling_defaults(file) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    wrong = GGUFFile(Path("m.gguf"), {"general.sampling.temp": 9.0}, {})
-    with pytest.raises(GGUFError, match=r"general\.sampling\.temp.*temperature must be"):
-        _read_sampling_defaults(wrong)
+    (top_k,) = _read_sampling_defaults(
+        GGUFFile(Path("m.gguf"), {"general.sampling.top_k": 20.0}, {})
+    ).values()
+    assert (top_k, type(top_k)) == (20, int)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temp", 9.0),
+        ("temp", "hot"),
+        ("temp", float("nan")),
+        ("top_k", 20.5),
+        ("top_k", "20"),
+        ("top_k", -5),
+        ("top_p", True),
+    ],
+)
+def test_an_unusable_sampling_default_is_skipped_and_named(
+    key: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    metadata = {f"general.sampling.{key}": value, "general.sampling.min_p": 0.1}
+    assert _read_sampling_defaults(GGUFFile(Path("m.gguf"), metadata, {})) == {"min_p": 0.1}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"general.sampling.{key}" in record.message
+    assert (f"{value:g}" if type(value) is float else repr(value)) in record.message
+
+
+def test_without_params_the_files_sampling_defaults_apply(tiny_gguf: Path) -> None:
+    with fake_llm(tiny_gguf) as llm:
+        llm.sampling_defaults = {"temperature": 0.6, "top_k": 20}
+        llm.generate(PROMPT, on_token=lambda token_id: False)
+        llm.generate(PROMPT, SEEDED)
+    admitted = [occupant.params for occupant in llm.steps.admitted]  # type: ignore[attr-defined]
+    assert admitted == [SamplingParams(temperature=0.6, top_k=20), SEEDED]
+
+
+def test_giving_up_at_the_end_of_loading_stops_the_engine(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Engine] = []
+
+    def load_engine(*_: object, after_step: Callable[[], None], **__: object) -> Engine:
+        steps = FakeSteps()
+        engine = Engine(steps, eos_ids=frozenset(), prefill_chunk=8, max_waiting=4, after_step=after_step)
+        engine.start()
+        started.append(engine)
+        return engine
+
+    def give_up(phase: str, share: float) -> None:
+        if phase == "ready":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxmoe.engine.load_engine", load_engine)
+    threads = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        LLM(tiny_gguf, progress=give_up)
+    assert started
+    assert set(threading.enumerate()) == threads
+
+
+def test_an_engine_that_has_stopped_says_so(tiny_gguf: Path) -> None:
+    with fake_llm(tiny_gguf) as llm:
+        names: list[str] = []
+        llm.when_stopped(lambda: names.append(threading.current_thread().name))
+        llm.generate(PROMPT, SEEDED)
+        assert names == []
+        llm.close()
+        assert names == ["jaxmoe-engine"]
+        llm.when_stopped(lambda: names.append("at once"))
+        assert names == ["jaxmoe-engine", "at once"]
 
 
 def test_loading_reports_its_phases_and_names_the_model(tiny_gguf: Path) -> None:

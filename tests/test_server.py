@@ -514,6 +514,20 @@ async def test_a_dead_engine_ends_the_process(
     assert ended == [None]
 
 
+async def test_an_engine_that_dies_is_noticed_without_a_request(
+    ended: list[int | None], server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: int) -> None:
+        raise RuntimeError("the device is gone")
+
+    server.steps.on_read = server.steps.reset = fail
+    assert (await server.ask(HELLO)).status == 500
+    health = await health_when(server.app, lambda health: health["status"] == "error")
+    assert (health.status, health.json["error"]) == (503, "the engine has stopped")
+    await until(lambda: bool(ended))
+    assert ended == [None]
+
+
 # Clients that leave.
 
 

@@ -80,6 +80,8 @@ def test_sizes_take_units(text: str, size: int) -> None:
         ("JAXMOE_SLOTS", "many", "a number of requests"),
         ("JAXMOE_SLOTS", "0", "num_slots must be an integer between 1"),
         ("JAXMOE_CONTEXT_LENGTH", "1e3", "a number of tokens"),
+        ("JAXMOE_PAGE_LENGTH", "many", "a number of tokens that divides 256"),
+        ("JAXMOE_PAGE_LENGTH", "48", "page_length must divide 256"),
         ("JAXMOE_CACHE_SIZE", "4 apples", "bytes, or a size such as 4GiB"),
         ("JAXMOE_CACHE_SIZE", "-1", "cache_size must be"),
         ("JAXMOE_CACHE_DTYPE", "float64", "cache_dtype must be one of"),

@@ -121,10 +121,13 @@ class StreamRecord:
 
     @property
     def engine_ms(self) -> float | None:
-        """Milliseconds a token by the engine's own clock: `timings` of the last chunk that has them."""
+        """Milliseconds between tokens as the server reports them: `timings` of the last chunk that has them.
+
+        predicted_ms runs from the first token to the last, so that n tokens span n - 1 gaps.
+        """
         timings = self._last("timings")
-        tokens = timings.get("predicted_n") or 0
-        return float(timings["predicted_ms"]) / tokens if tokens else None
+        gaps = (timings.get("predicted_n") or 0) - 1
+        return float(timings["predicted_ms"]) / gaps if gaps > 0 else None
 
     @property
     def ttft_ms(self) -> float:

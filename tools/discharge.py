@@ -26,6 +26,7 @@ from tools.contracts import NAMES, Contract, Gate, RedState, load_contract
 from tools.environment import Environment, read_environment
 from tools.evidence import RedOutcome, Subject, scrub, shown_path, write_findings, write_red
 from tools.gates import GATES
+from tools.gates_traffic import CHUNK_LENGTH
 from tools.launch import LaunchError, launch
 from tools.mutants import HEADER, RELEASE_PATH
 from tools.target import NEEDS, Target, probe
@@ -177,7 +178,8 @@ def serve(model: Path | None, app: str) -> Iterator[Server]:
         path = model or _write_synthetic(Path(folder))
         name = f"synthetic {' '.join(SYNTHETIC)}" if model is None else path.name
         print(f"loading {name} into a server of its own", flush=True)
-        with launch(app, path, log=Path(folder) / "server.log") as url:
+        settings = {"JAXMOE_PREFILL_CHUNK": str(CHUNK_LENGTH)}
+        with launch(app, path, log=Path(folder) / "server.log", environment=settings) as url:
             yield Server(url, name, "qwen3moe", _speed(path), Vocabulary.from_gguf(path))
 
 

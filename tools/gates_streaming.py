@@ -89,25 +89,26 @@ def _expect_spread(trial: Trial, runs: Runs) -> str:
     evidence = f"median time to the first token: {times} tokens, longest over shortest {ratio:.2f}"
     trial.expect(ratio < trial.limits["first_token_ratio"], "first_token_does_not_grow", evidence)
 
-    # A busy client reads late and then much at once; a server that sends in lumps does so in every round.
-    share = max(quantiles(map(_longest_gap_share, records), n=4)[0] for records in runs.values())
-    evidence += f"; longest gap {share:.3f} of the stream"
-    trial.expect(share <= trial.limits["longest_gap_share"], "no_long_gap", evidence)
-
-    spread = max(map(_median_over_mean_gap, runs[max(runs)]))
+    # Bursts first: in the shortest stream one burst is also a long gap.
+    spread = median(map(_median_over_mean_gap, runs[max(runs)]))
     evidence += f"; median gap {spread:.2f} of the mean gap"
     trial.expect(spread >= trial.limits["median_over_mean_gap"], "no_bursts", evidence)
+
+    share = max(median(map(_longest_gap_share, records)) for records in runs.values())
+    evidence += f"; longest gap {share:.3f} of the stream"
+    trial.expect(share <= trial.limits["longest_gap_share"], "no_long_gap", evidence)
     return f"prompt of {runs[max(runs)][0].prompt_tokens} tokens: {evidence}"
 
 
 def _longest_gap_share(record: StreamRecord) -> float:
-    """The longest wait for one id, as a share of the stream from request to last event.
+    """The longest wait for one id, as a share of the stream from its first token to its last event.
 
     A chunk that carries k ids (an unfinished character was held) has waited for k tokens.
     """
     sizes = [max(1, len(chunk.token_ids)) for chunk in record.token_chunks[1:]]
     waits = [gap / size for gap, size in zip(record.gaps_ms, sizes, strict=True)]
-    return max(waits, default=0.0) / (1000 * record.ended_at)
+    length = 1000 * record.ended_at - record.ttft_ms
+    return max(waits) / length if any(waits) else 0.0
 
 
 def _median_over_mean_gap(record: StreamRecord) -> float:
@@ -160,13 +161,13 @@ async def speed(trial: Trial) -> str:
 def _expect_near_the_engine(trial: Trial, records: list[StreamRecord], gaps: list[float]) -> str:
     """Over HTTP as fast as the engine itself, plus a little.
 
-    The engine's median is that of predicted_ms / predicted_n over the same streams.
+    The engine's median is that of what it reports of the same streams, milliseconds a gap.
     """
     engine = [record.engine_ms for record in records if record.engine_ms is not None]
     if not engine:
         raise NotRun("the server lacks timings (predicted_ms, predicted_n) on the last chunk")
     limit = median(engine) + trial.limits["tiny"]["over_engine_ms"]
-    evidence = f"median gap {median(gaps):.2f} ms, the engine's {median(engine):.2f} ms a token"
+    evidence = f"median gap {median(gaps):.2f} ms, the engine's {median(engine):.2f} ms a gap as it says"
     trial.expect(median(gaps) <= limit, "median_gap", f"{evidence}, the limit is {limit:.2f} ms")
     return evidence
 

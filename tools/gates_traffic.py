@@ -12,7 +12,7 @@ from tools.target import Health
 from tools.trial import Crowd, GateFailed, NotRun, Trial
 
 MOST_STREAMS = 64
-CHUNK_LENGTH = 512  # tokens prefilled in one step
+CHUNK_LENGTH = 512  # tokens prefilled in one step; discharge serves with this
 SECONDS = 60.0
 
 

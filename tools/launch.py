@@ -33,7 +33,7 @@ def launch(
     What the server writes goes to the file `log`. Raises LaunchError when it ends or is not ready in time.
     """
     port = _free_port()
-    settings = {"JAXMOE_MODEL": str(model), "PYTHONPATH": _python_path(), **(environment or {})}
+    settings = {"JAXMOE_MODEL": str(model.absolute()), "PYTHONPATH": _python_path(), **(environment or {})}
     inherited = {name: value for name, value in os.environ.items() if name != "JAXMOE_API_KEY"}
     command = [sys.executable, "-m", "hypercorn", app, "--bind", f"{HOST}:{port}"]
     with (

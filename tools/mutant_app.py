@@ -20,6 +20,7 @@ Send = Callable[[Json], Awaitable[None]]
 App = Callable[[Json, Receive, Send], Awaitable[None]]
 
 DISCONNECT = {"type": "http.disconnect"}
+LATE_SECONDS = 0.5
 
 
 class _Signal:
@@ -169,8 +170,14 @@ async def _share(receive: Receive) -> Json:
         others.cancel()
 
 
+async def _tell_late(receive: Receive) -> Json:
+    message = await receive()
+    await asyncio.sleep(LATE_SECONDS)
+    return message
+
+
 async def _tell(receive: Receive) -> Json:
     return await receive()
 
 
-LEAVING = {"told": _tell, "swallowed": _swallow, "shared": _share}
+LEAVING = {"told": _tell, "late": _tell_late, "swallowed": _swallow, "shared": _share}

@@ -19,6 +19,7 @@ HEADER = "x-mutant"
 RELEASE_PATH = "/x-mutant/release"
 SLOW_SECONDS = 0.01
 BURST = 8  # events
+STALL = range(3, 7)  # events held until the next one, by number
 
 
 async def _unchanged(events: Events, body: Json) -> Events:
@@ -31,13 +32,13 @@ class Mutant:
     """What is done to a request's body, to a stream's events and to a whole response.
 
     `events` and `reply` get the body as the client sent it. `leaving` is what becomes of a client's
-    disconnect: "told" to the app, "swallowed", or "shared" by all other requests of this mutant.
+    disconnect: "told" to the app, told "late", "swallowed", or "shared" by all other requests of this mutant.
     """
 
     request: Callable[[Json], Json] = lambda body: body
     events: Callable[[Events, Json], Events] = _unchanged
     reply: Callable[[Json, Json], Json] = lambda payload, body: payload
-    leaving: Literal["told", "swallowed", "shared"] = "told"
+    leaving: Literal["told", "late", "swallowed", "shared"] = "told"
 
 
 # What an event or a response says
@@ -130,6 +131,22 @@ async def _bursts(events: Events, body: Json) -> Events:
             for one in kept:
                 yield one
             kept = []
+
+
+async def _stalls(events: Events, body: Json) -> Events:
+    kept: list[Json | None] = []
+    numbers = count(1)
+    async for event in events:
+        kept.append(event)
+        if event is None or next(numbers) not in STALL:
+            for one in kept:
+                yield one
+            kept = []
+
+
+def _often(change: Callable[[Events, Json], Events]) -> Callable[[Events, Json], Events]:
+    """The change to three streams of five, by seed: a gate gives its rounds the seeds from 0 on."""
+    return lambda events, body: (change if body.get("seed", 0) % 5 in (0, 2, 4) else _unchanged)(events, body)
 
 
 async def _slow(events: Events, body: Json) -> Events:
@@ -289,6 +306,8 @@ MUTANTS: dict[str, Mutant] = {
     "replayed": Mutant(events=_replayed),
     "first_token_only": Mutant(events=_first_token_only),
     "bursts": Mutant(events=_bursts),
+    "often_bursts": Mutant(events=_often(_bursts)),
+    "often_stalls": Mutant(events=_often(_stalls)),
     "slow": Mutant(events=_slow),
     "serialised": Mutant(events=_serialised),
     "lost_done": Mutant(events=_lost_done),
@@ -308,6 +327,7 @@ MUTANTS: dict[str, Mutant] = {
     "finish_always_stop": Mutant(events=_each(_says_stop), reply=_says_stop),
     "finish_always_length": Mutant(events=_each(_says_length), reply=_says_length),
     "finish_by_count": Mutant(events=_finish_by_count, reply=_reply_finish_by_count),
+    "late_disconnect": Mutant(leaving="late"),
     "swallowed_disconnect": Mutant(leaving="swallowed"),
     "shared_disconnect": Mutant(leaving="shared"),
     "stop_ignored": Mutant(request=_without("stop")),

@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-CONTROL = 3  # gguf.TokenType.CONTROL
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # gguf.TokenType
+SILENT = (UNKNOWN, CONTROL, UNUSED)
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The bytes of each token (control tokens have none), and the id that ends a text."""
+    """The bytes of each token, and the id that ends a text.
+
+    Control, unknown and unused tokens have no bytes, nor has an id that the file names as an end.
+    """
 
     pieces: tuple[bytes, ...]
     end_token_id: int | None
@@ -29,10 +34,14 @@ class Vocabulary:
         fields = GGUFReader(path).fields
         tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
         types: list[int] = fields["tokenizer.ggml.token_type"].contents()
-        end = fields.get("tokenizer.ggml.eos_token_id")
+        named = (fields.get(f"tokenizer.ggml.{key}") for key in END_KEYS)
+        ends = [None if field is None else int(field.contents()) for field in named]
         to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
-        pieces = (_piece(token, kind, to_byte) for token, kind in zip(tokens, types, strict=True))
-        return cls(tuple(pieces), None if end is None else int(end.contents()))
+        pieces = [_piece(token, kind, to_byte) for token, kind in zip(tokens, types, strict=True)]
+        for end in ends:
+            if end is not None:
+                pieces[end] = b""
+        return cls(tuple(pieces), ends[0])
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of the ids; what is not UTF-8 becomes U+FFFD."""
@@ -70,9 +79,9 @@ def _is_whole(piece: bytes) -> bool:
 
 
 def _piece(token: str, kind: int, to_byte: dict[str, int]) -> bytes:
-    if kind == CONTROL:
+    if kind in SILENT:
         return b""
-    if all(character in to_byte for character in token):
+    if kind != USER_DEFINED and all(character in to_byte for character in token):
         return bytes(to_byte[character] for character in token)
     return token.encode()
 
