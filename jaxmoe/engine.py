@@ -317,12 +317,14 @@ class Engine:
     def _end_all(self, reason: FinishReason, message: str | None) -> None:
         with self._inbox:
             self._stopping = True  # from here on nothing is submitted any more
-        self._take_inbox(wait=False)
-        for stream in self._scheduler.unfinished():
-            self._finish(stream, reason, message)
-        self._scheduler.abandon_flight()
-        self._publish()
-        self._call_after_step()
+        try:
+            self._take_inbox(wait=False)
+            for stream in self._scheduler.unfinished():
+                self._finish(stream, reason, message)
+            self._scheduler.abandon_flight()
+            self._publish()
+        finally:
+            self._call_after_step()  # who watches has_stopped learns of it here
 
     def _call_after_step(self) -> None:
         self._has_called_back = False
