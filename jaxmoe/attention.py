@@ -14,7 +14,9 @@ from jax import Array, lax
 
 from jaxmoe.cache import KVCache
 from jaxmoe.config import MAX_PAGE_LENGTH, ModelConfig, RopeScaling
-from jaxmoe.layers import RMSNorm, StackedWeight, by_row_tiles, matmul
+from jaxmoe.kernels import attention as kernel_attention
+from jaxmoe.kernels.matmul import Rounded, Row
+from jaxmoe.layers import RMSNorm, StackedWeight, by_row_tiles, kernel_product, matmul
 
 # Keys a step of the softmax takes: cut at absolute positions, so that a token's sums do not depend on
 # how its prompt was cut into chunks.
@@ -46,6 +48,37 @@ class Rows:
     tile_tables: Array
     num_tiles: Array
     page_tables: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodePlaces:
+    """One token of each slot of active[:count].
+
+    All int32: active [B], positions [slots], tables [slots, P], count [1].
+    """
+
+    active: Array
+    positions: Array
+    tables: Array
+    count: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillPlaces:
+    """Tokens of one slot that follow each other.
+
+    `where` int32 [4] is (slot, first position, count, 1 on the prompt's last chunk), `tables` [slots, P].
+    """
+
+    where: Array
+    tables: Array
+
+    @property
+    def count(self) -> Array:
+        """The number of real rows, int32 [1]."""
+        return self.where[2:3]
 
 
 def rope_tables(config: ModelConfig, context_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +146,35 @@ class Attention(nnx.Module):
             flat = mixed.reshape(x.shape[0], -1)
             y = self.output.apply(lambda w, i: matmul(flat, w, (i,), rows.num_rows), layer)
         return y, cache
+
+    def with_kernels(
+        self,
+        inputs: Rounded | Row,
+        x: Array,
+        cache: KVCache,
+        places: DecodePlaces | PrefillPlaces,
+        counters: Array,
+        layer: int,
+    ) -> tuple[Array, KVCache, Array]:
+        """x [T, D] plus attention over `inputs`, which are x normed; the cache and counters are updated."""
+        qkv = kernel_product("qkv", inputs, (self.q, self.k, self.v), layer, places.count)
+        weights = self.q_norm.weight[...], self.k_norm.weight[...], self.cos[...], self.sin[...]
+        if isinstance(places, DecodePlaces):
+            codes, scales, keys, values, counters = kernel_attention.attend_decode(
+                qkv, *weights, places.active, places.positions, places.tables, places.count,
+                cache.keys, cache.values, counters, config=self.config, layer=layer,
+            )  # fmt: skip
+        else:
+            where, tables = places.where, places.tables
+            q, keys, values = kernel_attention.prepare(
+                qkv, *weights, where, tables, cache.keys, cache.values, config=self.config, layer=layer
+            )
+            codes, scales = kernel_attention.attend_prefill(
+                q, where, tables, keys, values, config=self.config, layer=layer
+            )
+        mixed = Rounded(codes, scales)
+        x = kernel_product("attn_output", mixed, (self.output,), layer, places.count, residual=x)
+        return x, KVCache(keys, values), counters
 
     def _project(self, x: Array, weight: StackedWeight, rows: Rows, layer: Array) -> Array:
         y = weight.apply(lambda w, i: matmul(x, w, (i,), rows.num_rows), layer)

@@ -35,7 +35,6 @@ _ATTN_FACTOR_KEYS: Final = ("attn_factor", "yarn_attn_factor")
 _ENGINE_RANGES: Final = (
     ("num_slots", 1, 1 << 10),
     ("page_length", 1, MAX_PAGE_LENGTH),
-    ("prefill_chunk", 1, 1 << 16),
     ("max_waiting", 1, 1 << 20),
 )
 
@@ -153,7 +152,7 @@ class EngineConfig:
     page_length: int = 64
     cache_size: int | None = None
     cache_dtype: str | None = None
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     max_waiting: int = 256
     compilation_cache: bool = True
 
@@ -164,6 +163,8 @@ class EngineConfig:
             raise ValueError(f"page_length must divide {MAX_PAGE_LENGTH}, got {self.page_length}")
         if self.context_length is not None:
             _check_int("context_length", self.context_length, 1, _MAX_CONTEXT)
+        if self.prefill_chunk is not None:
+            _check_int("prefill_chunk", self.prefill_chunk, 1, 1 << 16)
         if self.cache_size is not None:
             _check_int("cache_size", self.cache_size, 1, 1 << 50)
         if self.cache_dtype not in (*CACHE_DTYPES, None):

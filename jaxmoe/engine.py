@@ -15,7 +15,7 @@ from typing import Protocol
 import jax
 
 from jaxmoe.cache import KVCache
-from jaxmoe.config import EngineConfig, ModelConfig
+from jaxmoe.config import MAX_PAGE_LENGTH, EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFFile
 from jaxmoe.layers import ROW_TILE
 from jaxmoe.request import (
@@ -32,7 +32,7 @@ from jaxmoe.request import (
     Step,
 )
 from jaxmoe.scheduler import Scheduler, Stream
-from jaxmoe.step import Shapes, Steps, use_compilation_cache
+from jaxmoe.step import Shapes, Steps, use_compilation_cache, why_without_kernels
 from jaxmoe.weights import device_weights_size, load_model
 
 logger = logging.getLogger(__name__)
@@ -347,6 +347,7 @@ class Engine:
 
 _CPU_CACHE_SIZE = 1 << 30
 _FIXED_WORKSPACE_SIZE = 1 << 30
+_PLAIN_CHUNK, _KERNELS_CHUNK = 512, 2048
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -367,12 +368,16 @@ def load_engine(
     """
     if engine_config.compilation_cache:
         use_compilation_cache()
+    without_kernels = why_without_kernels(config, engine_config.cache_dtype)
+    if without_kernels is not None and jax.default_backend() != "cpu":
+        logger.warning("steps run without CUDA kernels, at a fraction of the speed: %s", without_kernels)
     shapes = plan_shapes(
         config,
         engine_config,
         weights_size=device_weights_size(file, config),
         memory_size=_memory_size(),
         on_cpu=jax.default_backend() == "cpu",
+        kernels=without_kernels is None,
     )
     model = load_model(
         file,
@@ -395,7 +400,13 @@ def load_engine(
 
 
 def plan_shapes(
-    config: ModelConfig, engine_config: EngineConfig, *, weights_size: int, memory_size: int, on_cpu: bool
+    config: ModelConfig,
+    engine_config: EngineConfig,
+    *,
+    weights_size: int,
+    memory_size: int,
+    on_cpu: bool,
+    kernels: bool,
 ) -> Shapes:
     """Share the device's memory (sizes in bytes) between weights and cache.
 
@@ -405,7 +416,7 @@ def plan_shapes(
     page_length = engine_config.page_length
     dtype = engine_config.cache_dtype or ("float32" if on_cpu else "bfloat16")
     page_size = KVCache.page_size(config, page_length, dtype)
-    left = memory_size - weights_size - workspace_size(config, engine_config)
+    left = memory_size - weights_size - workspace_size(config, engine_config, kernels=kernels)
     if left < page_size:
         steps_size = memory_size - weights_size - left
         raise ValueError(
@@ -426,23 +437,31 @@ def plan_shapes(
         num_pages=num_pages,
         page_length=page_length,
         context_length=min(context_length, num_pages * page_length),
-        prefill_chunk=engine_config.prefill_chunk,
+        prefill_chunk=prefill_chunk(engine_config, kernels=kernels),
         cache_dtype=dtype,
+        kernels=kernels,
     )
 
 
-def workspace_size(config: ModelConfig, engine_config: EngineConfig) -> int:
-    """Bytes that steps need beside weights and cache: sampling state, a chunk's temporaries, RoPE tables."""
+def prefill_chunk(engine_config: EngineConfig, *, kernels: bool) -> int:
+    """Tokens of a chunk, where the operator has not said: what measured best."""
+    return engine_config.prefill_chunk or (_KERNELS_CHUNK if kernels else _PLAIN_CHUNK)
+
+
+def workspace_size(config: ModelConfig, engine_config: EngineConfig, *, kernels: bool) -> int:
+    """Bytes that steps need beside weights and cache: sampling state, a step's temporaries, RoPE tables."""
     sampling = engine_config.num_slots * config.vocab_size * 9
-    pairs = engine_config.prefill_chunk * config.experts_per_token + ROW_TILE * config.num_experts
+    num_rows = max(prefill_chunk(engine_config, kernels=kernels), engine_config.num_slots)
+    pairs = num_rows * config.experts_per_token + ROW_TILE * config.num_experts
     heads = config.num_heads * config.head_dim
-    chunk = 4 * (
-        pairs * (config.d_model + config.expert_width)
-        + engine_config.prefill_chunk * 8 * (config.d_model + heads)
-    )
-    context_length = engine_config.context_length or config.context_length
-    rope = 4 * min(context_length, config.context_length) * config.head_dim
-    return _FIXED_WORKSPACE_SIZE + sampling + chunk + rope
+    rows = 4 * (pairs * (config.d_model + config.expert_width) + num_rows * 8 * (config.d_model + heads))
+    logits = 8 * engine_config.num_slots * config.vocab_size
+    context_length = min(engine_config.context_length or config.context_length, config.context_length)
+    rope = 4 * context_length * config.head_dim
+    segments = -(-context_length // MAX_PAGE_LENGTH)
+    # what each attention segment of each slot leaves for the last one to join
+    partials = 4 * engine_config.num_slots * segments * (heads + 2 * config.num_heads) if kernels else 0
+    return _FIXED_WORKSPACE_SIZE + sampling + rows + logits + rope + partials
 
 
 def _memory_size() -> int:

@@ -95,11 +95,6 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
     parts: tuple[_Part, ...] = field(default=(), repr=False)
 
-    @property
-    def tensor_size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.size for tensor in self.tensors.values())
-
     def check_unchanged(self) -> None:
         """Raise GGUFError for a part that was cut since: reading its view would kill the process."""
         for part in self.parts:

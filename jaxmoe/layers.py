@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from jaxmoe.kernels import matmul as kernel_matmul
+from jaxmoe.kernels import rows as kernel_rows
+from jaxmoe.kernels.matmul import Rounded, Row
 from jaxmoe.quants import QuantTensor
 
 ROW_TILE = 8
@@ -115,6 +118,11 @@ class StackedWeight(nnx.Module):
         which, index = (jnp.asarray(column, jnp.int32)[layer] for column in zip(*self.places, strict=True))
         branches = [lambda i, stack=stack: function(stack.tensor, i) for stack in self.stacks]
         return lax.switch(which, branches, index)
+
+    def at(self, layer: int) -> tuple[QuantTensor, int]:
+        """The stack that holds layer `layer`, and the layer's index in it."""
+        stack, index = self.places[layer]
+        return self.stacks[stack].tensor, index
 
 
 def num_outputs(w: QuantTensor) -> int:
@@ -232,3 +240,37 @@ def matmul(x: Array, w: QuantTensor, index: Index, num_rows: Array | int) -> Arr
 
     out = jnp.zeros((x.shape[0], num_columns), jnp.float32)
     return lax.fori_loop(0, -(-num_columns // width), columns, out)
+
+
+def rounded(inputs: Rounded | Row, count: Array) -> Rounded:
+    """Activations as the products for several rows take them; count int32[1]."""
+    if isinstance(inputs, Rounded):
+        return inputs
+    return Rounded(
+        *kernel_rows.norm_quantise(inputs.x, inputs.norm, count, eps=inputs.eps, layer=inputs.layer)
+    )
+
+
+def kernel_product(
+    name: str,
+    inputs: Rounded | Row,
+    weights: Sequence[StackedWeight],
+    layer: int,
+    count: Array,
+    residual: Array | None = None,
+) -> Array:
+    """Layer `layer`'s products of one weight or three, side by side [T, N] float32, plus `residual`.
+
+    By the kernel `name`, or by XLA where the kernels cannot read a weight's format.
+    """
+    stacks, indices = zip(*(weight.at(layer) for weight in weights), strict=True)
+    if all(map(kernel_matmul.is_supported, stacks)):
+        return kernel_matmul.dense(name, inputs, stacks, count, index=indices[0], residual=residual)
+    x = kernel_matmul.rounded_values(rounded(inputs, count))
+    num_rows = x.shape[0]
+    products = [
+        matmul(padded_rows(x), stack, (jnp.int32(index),), count[0])[:num_rows]
+        for stack, index in zip(stacks, indices, strict=True)
+    ]
+    y = jnp.concatenate(products, axis=1)
+    return y if residual is None else residual + y

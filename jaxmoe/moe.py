@@ -11,6 +11,11 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.kernels import matmul as kernel_matmul
+from jaxmoe.kernels import router as kernel_router
+from jaxmoe.kernels import rows as kernel_rows
+from jaxmoe.kernels.matmul import Groups as KernelGroups
+from jaxmoe.kernels.matmul import Rounded, Row
 from jaxmoe.layers import (
     ROW_TILE,
     StackedWeight,
@@ -19,6 +24,8 @@ from jaxmoe.layers import (
     dequantised_halves,
     matmul,
     num_outputs,
+    padded_rows,
+    rounded,
     tile_product,
     weight_tile,
 )
@@ -137,6 +144,40 @@ class MoE(nnx.Module):
         with jax.named_scope("combine"):
             return _combine(y, groups.places, weights)
 
+    def with_kernels(
+        self, x: Array, norm: Array, next_norm: tuple[Array, int], count: Array, counters: Array, layer: int
+    ) -> tuple[Array, Rounded | Row, Array]:
+        """x [T, D] plus the experts of its norm by norm[layer]; the input that follows; the counters.
+
+        norm [L, D]; `next_norm` is the norm [n, D] that follows, and its index; count int32 [1] the real rows.
+        """
+        eps, row = self.config.norm_eps, Row(x, norm, layer, self.config.norm_eps)
+        stacks = [weight.at(layer) for weight in (self.router, self.gate, self.up, self.down)]
+        if not _has_kernels(*(stack for stack, _ in stacks)):
+            x_hat = padded_rows(kernel_matmul.rounded_values(rounded(row, count)))
+            x = x + self(x_hat, count[0], jnp.int32(layer))[: x.shape[0]]
+            after = Row(x, *next_norm, eps)
+            return x, after if x.shape[0] == 1 else rounded(after, count), counters
+        (w, index), (gate, at), (up, _), (down, down_at) = stacks
+        ids, weights, counters = kernel_router.route(
+            x, norm, w.codes, count, counters, config=self.config, layer=layer, index=index
+        )
+        active = self.config.experts_per_token
+        if x.shape[0] == 1:
+            hidden = kernel_matmul.gate_up(row, gate, up, ids, experts_per_token=active, index=at)
+            x = kernel_matmul.down_of_row(hidden, down, ids, weights, x, index=down_at)
+            return x, Row(x, *next_norm, eps), counters
+        num_rows = x.shape[0]
+        tile = kernel_matmul.tile_length(num_rows)
+        *lists, counters = kernel_router.group(ids, count, counters, config=self.config, tile=tile)
+        groups = KernelGroups(*lists)
+        hidden = kernel_matmul.gate_up(
+            rounded(row, count), gate, up, groups, experts_per_token=active, index=at
+        )
+        y = kernel_matmul.down(hidden, down, groups, num_rows=num_rows, index=down_at)
+        x, *following = kernel_rows.combine(x, y, weights, next_norm[0], count, eps=eps, layer=next_norm[1])
+        return x, Rounded(*following), counters
+
     def _route(self, x: Array, num_rows: Array, layer: Array) -> tuple[Array, Array]:
         logits = self.router.apply(lambda w, i: matmul(x, w, (i,), num_rows), layer)
         shape = (x.shape[0], self.config.experts_per_token)
@@ -160,6 +201,11 @@ class MoE(nnx.Module):
             return lax.dynamic_slice_in_dim(hidden, place, ROW_TILE)
 
         return self.down.apply(lambda w, i: grouped_matmul(tile, ((w, i),), groups), layer)
+
+
+def _has_kernels(router: QuantTensor, *experts: QuantTensor) -> bool:
+    """Whether the kernels can read these formats."""
+    return router.codes.dtype == jnp.float32 and all(map(kernel_matmul.is_supported, experts))
 
 
 def _combine(y: Array, places: Array, weights: Array) -> Array:

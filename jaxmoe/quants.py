@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import accumulate
 from math import prod
 from operator import itemgetter, mul, sub
 from types import ModuleType
@@ -72,63 +73,64 @@ class QuantTensor:
         return replace(self, **{name: change(array) for name, array in self.arrays.items()})
 
 
-# --- Reading blocks. A field is [num_blocks, bytes, num_rows]: rows are transposed before they are read, so
-# that every operation below runs along a long, contiguous last axis.
+# --- Reading blocks. A field is [num_blocks, bytes, M], M blocks side by side: for numpy those of M rows, so
+# that every operation below runs along a long, contiguous last axis; for a device M is 1. One description
+# serves both, as augmented assignment is in place for numpy's arrays and makes new ones of jax's.
 
-Fields = Mapping[str, np.ndarray]
-Read = Callable[[Fields], np.ndarray]
+Fields = Mapping[str, Array]
+Read = Callable[[Fields, ModuleType], Array]
 
 
-def _split(packed: np.ndarray, bits: int, run: int) -> np.ndarray:
+def _split(packed: Array, bits: int, run: int) -> Array:
     """Codes of `bits` bits: each run of bytes holds 8 // bits runs of codes, the lowest bits' first."""
-    num_blocks, num_bytes, num_rows = packed.shape
-    runs = packed.reshape(num_blocks, num_bytes // run, 1, run, num_rows)
-    codes = runs >> np.arange(0, 8, bits, dtype=np.uint8).reshape(-1, 1, 1)
+    num_blocks, num_bytes, width = packed.shape
+    runs = packed.reshape(num_blocks, num_bytes // run, 1, run, width)
+    codes = runs >> np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1, 1)
     codes &= np.uint8((1 << bits) - 1)
-    return codes.reshape(num_blocks, num_bytes * 8 // bits, num_rows)
+    return codes.reshape(num_blocks, num_bytes * 8 // bits, width)
 
 
-def _joined(low: np.ndarray, high: np.ndarray, shift: int) -> np.ndarray:
-    high <<= np.uint8(shift)
+def _joined(low: Array, high: Array, shift: int) -> Array:
+    high <<= high.dtype.type(shift)
     high |= low
     return high
 
 
-def _minus(codes: np.ndarray, zero: int) -> np.ndarray:
+def _minus(codes: Array, zero: int) -> Array:
     signed = codes.view(np.int8)
     signed -= np.int8(zero)
     return signed
 
 
 def _int8(name: str) -> Read:
-    return lambda fields: fields[name].view(np.int8)
+    return lambda fields, xp: fields[name].view(np.int8)
+
+
+def _two_bytes(field: Array) -> Array:
+    wide = field.astype(np.uint16)
+    return _joined(wide[:, :1], wide[:, 1:], 8)
 
 
 def _float16(name: str) -> Read:
-    def read(fields: Fields) -> np.ndarray:
-        low, high = np.split(fields[name].astype(np.uint16), 2, axis=1)
-        return _joined(low, high, 8).view(np.float16)
-
-    return read
+    return lambda fields, xp: _two_bytes(fields[name]).view(np.float16)
 
 
 def _minus_float16(name: str) -> Read:
-    return lambda fields: np.negative(_float16(name)(fields))
+    return lambda fields, xp: (_two_bytes(fields[name]) ^ np.uint16(0x8000)).view(np.float16)
 
 
-def _half_e8m0(fields: Fields) -> np.ndarray:
+def _half_e8m0(fields: Fields, xp: ModuleType) -> Array:
     """Half of the power of two that an MX scale byte means; bytes 0 and 1 give subnormal numbers."""
     e = fields["e"].astype(np.uint32)
-    bits = np.where(e < 2, np.uint32(1 << 21) << (e & 1), (e - (e > 0)) << np.uint32(23))
-    return bits.astype(np.uint32).view(np.float32)
+    return xp.where(e < 2, np.uint32(1 << 21) << (e & 1), (e - 1) << 23).view(np.float32)
 
 
-def _nibbles(run: int, name: str = "qs") -> Read:
-    return lambda fields: _split(fields[name], 4, run)
+def _nibbles(run: int) -> Read:
+    return lambda fields, xp: _split(fields["qs"], 4, run)
 
 
 def _fives(run: int, high_run: int, zero: int) -> Read:
-    def read(fields: Fields) -> np.ndarray:
+    def read(fields: Fields, xp: ModuleType) -> Array:
         codes = _joined(_split(fields["qs"], 4, run), _split(fields["qh"], 1, high_run), 4)
         return _minus(codes, zero)
 
@@ -136,54 +138,57 @@ def _fives(run: int, high_run: int, zero: int) -> Read:
 
 
 def _from_table(values: tuple[int, ...]) -> Read:
-    table = np.resize(np.array(values, np.int8), 256).tobytes()
+    table = np.array(values, np.int8)
+    all_bytes = np.resize(table, 256).tobytes()
 
-    def read(fields: Fields) -> np.ndarray:
+    def read(fields: Fields, xp: ModuleType) -> Array:
         codes = _split(fields["qs"], 4, 16)
+        if xp is not np:
+            return xp.take(table, codes, mode="clip")
         # numpy's own indexing would first make an 8-byte index of every code
-        return np.frombuffer(codes.tobytes().translate(table), np.int8).reshape(codes.shape)
+        return np.frombuffer(codes.tobytes().translate(all_bytes), np.int8).reshape(codes.shape)
 
     return read
 
 
-def _crumbs(fields: Fields) -> np.ndarray:
+def _crumbs(fields: Fields, xp: ModuleType) -> Array:
     return _split(fields["qs"], 2, 32)
 
 
-def _q3_k_codes(fields: Fields) -> np.ndarray:
+def _q3_k_codes(fields: Fields, xp: ModuleType) -> Array:
     return _joined(_split(fields["qs"], 2, 32), _split(fields["hmask"], 1, 32), 2)
 
 
-def _q6_k_codes(fields: Fields) -> np.ndarray:
+def _q6_k_codes(fields: Fields, xp: ModuleType) -> Array:
     return _minus(_joined(_split(fields["ql"], 4, 64), _split(fields["qh"], 2, 32), 4), 32)
 
 
-def _q3_k_scales(fields: Fields) -> np.ndarray:
-    low, high = np.split(fields["scales"], [8], axis=1)
+def _q3_k_scales(fields: Fields, xp: ModuleType) -> Array:
+    low, high = fields["scales"][:, :8], fields["scales"][:, 8:]
     return _minus(_joined(_split(low, 4, 8), _split(high, 2, 4), 4), 32)
 
 
-def _iq4_xs_scales(fields: Fields) -> np.ndarray:
+def _iq4_xs_scales(fields: Fields, xp: ModuleType) -> Array:
     return _minus(_joined(_split(fields["scales_l"], 4, 1), _split(fields["scales_h"], 2, 1), 4), 32)
 
 
-def _low_scales(fields: Fields) -> np.ndarray:
+def _low_scales(fields: Fields, xp: ModuleType) -> Array:
     return fields["scales"] & np.uint8(15)
 
 
-def _high_scales(fields: Fields) -> np.ndarray:
+def _high_scales(fields: Fields, xp: ModuleType) -> Array:
     return fields["scales"] >> np.uint8(4)
 
 
-def _k_scales(fields: Fields) -> np.ndarray:
+def _k_scales(fields: Fields, xp: ModuleType) -> Array:
     """Eight 6-bit scales: four whole ones, then four nibbles whose upper bits lie above those."""
-    whole, _, rest = np.split(fields["scales"], 3, axis=1)
-    return np.concatenate((whole & np.uint8(63), rest & np.uint8(15) | whole >> 2 & np.uint8(48)), axis=1)
+    whole, _, rest = xp.split(fields["scales"], 3, axis=1)
+    return xp.concatenate((whole & np.uint8(63), rest & np.uint8(15) | whole >> 2 & np.uint8(48)), axis=1)
 
 
-def _k_mins(fields: Fields) -> np.ndarray:
-    _, whole, rest = np.split(fields["scales"], 3, axis=1)
-    return np.concatenate((whole & np.uint8(63), rest >> 4 | whole >> 2 & np.uint8(48)), axis=1)
+def _k_mins(fields: Fields, xp: ModuleType) -> Array:
+    _, whole, rest = xp.split(fields["scales"], 3, axis=1)
+    return xp.concatenate((whole & np.uint8(63), rest >> 4 | whole >> 2 & np.uint8(48)), axis=1)
 
 
 # --- The table.
@@ -319,9 +324,10 @@ def _bits(blocks: BlockFormat, num_inputs: int) -> int:
     return 8 if blocks.bits == 4 and num_inputs % _PAIRED else blocks.bits
 
 
-def _fields(blocks: BlockFormat, raw: np.ndarray) -> dict[str, np.ndarray]:
-    cuts = np.cumsum(tuple(blocks.fields.values()))[:-1]
-    return dict(zip(blocks.fields, np.split(raw, cuts, axis=1), strict=True))
+def _fields(blocks: BlockFormat, packed: Array) -> dict[str, Array]:
+    ends = tuple(accumulate(blocks.fields.values()))
+    starts = (0, *ends[:-1])
+    return {name: packed[:, i:j] for name, i, j in zip(blocks.fields, starts, ends, strict=True)}
 
 
 @cache
@@ -331,7 +337,7 @@ def _block_arrays(ggml_type: GGMLType) -> dict[str, tuple[int, np.dtype[Any]]]:
     if blocks.float_dtype is not None:
         return {"codes": (1, blocks.float_dtype)}
     fields = _fields(blocks, np.zeros((1, blocks.size, 1), np.uint8))
-    arrays = {name: read(fields) for name, read in blocks.readers.items()}
+    arrays = {name: read(fields, np) for name, read in blocks.readers.items()}
     return {name: (array.size, array.dtype) for name, array in arrays.items()}
 
 
@@ -359,39 +365,62 @@ def device_size(ggml_type: GGMLType, shape: tuple[int, ...]) -> int:
     return sum(prod(dims) * dtype.itemsize for _, dims, dtype in arrays)
 
 
-def empty(ggml_type: GGMLType, shape: tuple[int, ...], layout: Layout) -> QuantTensor:
-    """A numpy QuantTensor for `pack_into` to fill; shape is [..., N, K] whatever the layout.
+def empty(
+    ggml_type: GGMLType, shape: tuple[int, ...], layout: Layout, new: Callable[..., Array] = np.empty
+) -> QuantTensor:
+    """A QuantTensor with nothing in it; shape is [..., N, K] whatever the layout.
 
+    `new(shape, dtype)` makes each array: numpy's for `pack_into` to fill, or a device's.
     Raises ValueError for an unknown type, or a K that does not consist of whole blocks.
     """
     blocks = block_format(ggml_type)
     arrays: dict[str, Array] = dict.fromkeys(("codes", "s", "m", "d", "d_m"))
-    arrays |= {name: np.empty(dims, dtype) for name, dims, dtype in _device_arrays(ggml_type, shape, layout)}
+    arrays |= {name: new(dims, dtype) for name, dims, dtype in _device_arrays(ggml_type, shape, layout)}
     bits = _bits(blocks, shape[-1])
     zero = blocks.zero if bits == 4 else 0
     return QuantTensor(**arrays, group=blocks.group, block=blocks.block, bits=bits, zero=zero, layout=layout)
 
 
-def _device_codes(blocks: BlockFormat, fields: Fields, bits: int) -> np.ndarray:
-    """The codes of a slice as the device has them, [..., num_rows]."""
+def _device_codes(blocks: BlockFormat, fields: Fields, bits: int, xp: ModuleType) -> Array:
+    """The codes as the device has them, [..., M]."""
     if blocks.bits != 4:
-        return blocks.readers["codes"](fields)
+        return blocks.readers["codes"](fields, xp)
     if bits == 4 and blocks.paired:
         return fields[blocks.paired]
-    codes = blocks.readers["codes"](fields)
+    codes = blocks.readers["codes"](fields, xp)
     if bits == 8:
         return _minus(codes, blocks.zero)
     runs = codes.reshape(-1, 2, _PAIRED // 2, codes.shape[-1])
     return _joined(runs[:, 0], runs[:, 1], 4)
 
 
+def _read_blocks(blocks: BlockFormat, packed: Array, bits: int, xp: ModuleType) -> dict[str, Array]:
+    """The device's arrays, [.., M], of blocks [num_blocks, bytes, M]."""
+    fields = _fields(blocks, packed)
+    arrays = {name: read(fields, xp) for name, read in blocks.readers.items() if name != "codes"}
+    return arrays | {"codes": _device_codes(blocks, fields, bits, xp)}
+
+
+def read_rows(ggml_type: GGMLType, raw: Array, xp: ModuleType) -> dict[str, Array]:
+    """The arrays of a QuantTensor [N, K] in layout "rows", from packed rows [N, bytes].
+
+    For a device's module: numpy gets the same from `pack`, far faster.
+    """
+    blocks = FORMATS[ggml_type]
+    if blocks.float_dtype is not None:
+        return {"codes": raw.view(blocks.float_dtype)}
+    num_rows, row_size = raw.shape
+    bits = _bits(blocks, row_size // blocks.size * blocks.block)
+    arrays = _read_blocks(blocks, raw.reshape(-1, blocks.size, 1), bits, xp)
+    return {name: array.reshape(num_rows, -1) for name, array in arrays.items()}
+
+
 def _slice_arrays(blocks: BlockFormat, raw: np.ndarray, bits: int) -> dict[str, np.ndarray]:
     """The device's arrays, [.., num_rows], of packed rows [num_rows, bytes]."""
     if blocks.float_dtype is not None:
         return {"codes": raw.view(blocks.float_dtype).T}
-    fields = _fields(blocks, np.ascontiguousarray(raw.T).reshape(-1, blocks.size, len(raw)))
-    arrays = {name: read(fields) for name, read in blocks.readers.items() if name != "codes"}
-    return arrays | {"codes": _device_codes(blocks, fields, bits)}
+    packed = np.ascontiguousarray(raw.T).reshape(-1, blocks.size, len(raw))
+    return _read_blocks(blocks, packed, bits, np)
 
 
 def _write_rows(out: QuantTensor, blocks: BlockFormat, raw: np.ndarray, first_row: int) -> None:

@@ -19,7 +19,7 @@ class SamplingRow:
 
     `temperature` to `repetition_penalty` are float32, `top_k` int32 (0: off), `seed` uint32[2], `step` int32
     (ids sampled so far), `bias` [V] float32, `counts` [V] int32 (how often each id was sampled), `in_prompt`
-    [V] bool, `wants_logprobs` bool.
+    [V] bool, `wants_logprobs` bool, `has_bias` bool (False: `bias` is all zeros and is not looked at).
     """
 
     temperature: Array
@@ -35,6 +35,7 @@ class SamplingRow:
     counts: Array
     in_prompt: Array
     wants_logprobs: Array
+    has_bias: Array
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +81,7 @@ def penalised(logits: Array, row: SamplingRow) -> Array:
     logits = jnp.where(seen, shrunk, logits)
     logits = logits - row.frequency_penalty * row.counts.astype(jnp.float32)
     logits = logits - jnp.where(sampled, row.presence_penalty, jnp.float32(0))
-    return logits + row.bias
+    return logits + jnp.where(row.has_bias, row.bias, jnp.float32(0))
 
 
 def draw(logits: Array, row: SamplingRow) -> Array:

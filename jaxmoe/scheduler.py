@@ -8,7 +8,6 @@ step that carries it has been read.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,14 +15,15 @@ from jaxmoe.pages import PageTable
 from jaxmoe.request import Decode, Prefill, Request, Step
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Stream:
     """One request on its way through the engine; requests are served in the order of their ids.
 
     The engine writes `generated_ids`, the ids that were read; all that follows it is the scheduler's.
     `num_launched` counts the tokens whose sampling was launched, read or not, `num_prefilled` the
     tokens of `prefill_ids` (prompt and what was generated before a preemption) that were launched,
-    `in_flight` the steps that carry this request and have not been read.
+    `in_flight` the steps that carry this request and have not been read, `room` the tokens that the
+    pages of its slot hold.
     A "preempted" request waits for its steps in flight, then goes back to "waiting".
     """
 
@@ -38,6 +38,7 @@ class Stream:
     num_prefilled: int = 0
     num_launched: int = 0
     in_flight: int = 0
+    room: int = 0
 
     @property
     def in_prefill(self) -> bool:
@@ -129,15 +130,13 @@ class Scheduler:
 
         None when there is nothing to launch before a step in flight has been read, or at all.
         """
-        plans: list[Callable[[], Step | None]] = [self._plan_prefill, self._plan_decode]
         if self._prefilled_last:
-            plans.reverse()
-        for plan in plans:
-            step = plan()
-            if step is not None:
-                self._count_launch(step)
-                return step
-        return None
+            step = self._plan_decode() or self._plan_prefill()
+        else:
+            step = self._plan_prefill() or self._plan_decode()
+        if step is not None:
+            self._count_launch(step)
+        return step
 
     def sampled(self, step: Step) -> list[Stream]:
         """The requests that the step in flight samples a token for, in its order, the ended ones too."""
@@ -149,7 +148,8 @@ class Scheduler:
         """Note that the step was read and its tokens recorded: slots that it was the last to need return."""
         for stream in self._carried(step):
             stream.in_flight -= 1
-            self._release_if_done(stream)
+            if stream.state != "running":
+                self._release_if_done(stream)
 
     def end(self, stream: Stream) -> None:
         """Finish or cancel a request wherever it is: no step planned from now on carries it."""
@@ -173,10 +173,10 @@ class Scheduler:
 
     def _count_launch(self, step: Step) -> None:
         self._prefilled_last = isinstance(step, Prefill)
+        num_sampled = isinstance(step, Decode) or step.is_last
         for stream in self._carried(step):
             stream.in_flight += 1
-        for stream in self.sampled(step):
-            stream.num_launched += 1
+            stream.num_launched += num_sampled
 
     def _plan_prefill(self) -> Prefill | None:
         # One at a time: two half-done prompts would both come later than one after the other.
@@ -200,8 +200,14 @@ class Scheduler:
         stream.prefill_ids = (*stream.request.prompt_ids, *stream.generated_ids)
         self._slots[stream.slot] = stream
         insort(self._held, stream, key=_arrival)
-        self._table.grow(stream.slot, _admission_length(stream))
+        self._grow(stream, _admission_length(stream))
         return stream
+
+    def _grow(self, stream: Stream, length: int) -> tuple[tuple[int, int], ...]:
+        slot = _slot_of(stream)
+        new = self._table.grow(slot, length)
+        stream.room = self._table.num_owned(slot) * self._table.page_length
+        return new
 
     def _has_room(self, stream: Stream) -> bool:
         # A page for each stream that will still grow: else the newcomer would be preempted at once
@@ -218,11 +224,15 @@ class Scheduler:
         slots: list[int] = []
         new_pages: list[tuple[int, int, int]] = []
         for stream in tuple(self._held):  # the oldest is the one that gets the last page
-            if stream.can_decode and self._make_room(stream):
-                slot = _slot_of(stream)
-                slots.append(slot)
-                new = self._table.grow(slot, stream.cache_length)
+            if not stream.can_decode:
+                continue
+            slot = _slot_of(stream)
+            if stream.cache_length > stream.room:
+                if not self._make_room(stream):
+                    continue
+                new = self._grow(stream, stream.cache_length)
                 new_pages += [(slot, index, page) for index, page in new]
+            slots.append(slot)
         return Decode(tuple(sorted(slots)), tuple(new_pages)) if slots else None
 
     def _make_room(self, stream: Stream) -> bool:
@@ -244,6 +254,7 @@ class Scheduler:
         if stream.slot is None or stream.in_flight or stream.state not in ("preempted", "ended"):
             return
         self._table.release(stream.slot)
+        stream.room = 0
         self._slots[stream.slot] = None
         self._held.remove(stream)
         stream.slot = None

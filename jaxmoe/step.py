@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxmoe.attention import SEGMENT_LENGTH, Rows, query_tile
+from jaxmoe.attention import SEGMENT_LENGTH, DecodePlaces, PrefillPlaces, Rows, query_tile
 from jaxmoe.cache import KVCache
 from jaxmoe.config import ModelConfig
+from jaxmoe.kernels import ptx
+from jaxmoe.kernels import sampling as kernel_sampling
 from jaxmoe.layers import MIN_ROWS
 from jaxmoe.model import Decoder
 from jaxmoe.request import Decode, Prefill, SampledToken, SamplingParams, TokenLogprobs
@@ -26,18 +28,23 @@ from jaxmoe.sampling import Sampled, SamplingRow, sample
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST_PREFILL = 64
+_SMALLEST_PREFILL, _MIDDLE_PREFILL = 64, 512
+_NUM_COUNTERS = 4096
 _FLOAT_PARAMS = ("top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """What the device knows of each slot [B]: the id to feed next, its position, the sampling row."""
+    """What the device knows of each slot [B]: the id to feed next, its position, the sampling row.
+
+    `counters` int32 are what the kernels' blocks count each other with: zeros between steps.
+    """
 
     token_ids: Array
     positions: Array
     sampling: SamplingRow
+    counters: Array
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Shapes:
     context_length: int
     prefill_chunk: int
     cache_dtype: str
+    kernels: bool = False
 
     @property
     def table_length(self) -> int:
@@ -60,12 +68,13 @@ class Shapes:
     def prefill_buckets(self) -> tuple[int, ...]:
         """Token counts that prefill is compiled for; trip counts inside follow the real count."""
         largest = -(-self.prefill_chunk // _SMALLEST_PREFILL) * _SMALLEST_PREFILL
-        return tuple(sorted({_SMALLEST_PREFILL, largest}))
+        between = {_MIDDLE_PREFILL} if self.kernels and largest > _MIDDLE_PREFILL else set()
+        return tuple(sorted({_SMALLEST_PREFILL, largest} | between))
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
-        """Slot counts that decode is compiled for: MIN_ROWS, doubled until all slots fit."""
-        buckets = [MIN_ROWS]
+        """Slot counts that decode is compiled for, doubled until all slots fit."""
+        buckets = [1, 8] if self.kernels and self.num_slots > 1 else [1 if self.kernels else MIN_ROWS]
         while buckets[-1] < self.num_slots:
             buckets.append(2 * buckets[-1])
         return tuple(buckets)
@@ -111,6 +120,42 @@ def decode(
     return cache, slots, sampled
 
 
+def prefill_with_kernels(
+    model: Decoder, cache: KVCache, slots: Slots, tables: Array, token_ids: Array, where: Array
+) -> tuple[KVCache, Slots, Sampled]:
+    """`prefill` by the CUDA kernels."""
+    slot, start, count = where[0], where[1], where[2]
+    hidden, _, cache, counters = model.with_kernels(
+        token_ids, cache, PrefillPlaces(where, tables), slots.counters
+    )
+    last = lax.dynamic_slice_in_dim(hidden, count - 1, 1)
+    logits = model.logits_with_kernels(last, model.final_row(last), jnp.ones(1, jnp.int32))
+    positions = slots.positions.at[slot].set(start + count - 1)
+    fed = replace(slots, positions=positions, counters=counters)
+    slots, sampled = _sample_with_kernel(fed, logits, where[0:1], where[3:4])
+    return cache, slots, sampled
+
+
+def decode_with_kernels(
+    model: Decoder, cache: KVCache, slots: Slots, tables: Array, active: Array, count: Array
+) -> tuple[KVCache, Slots, Sampled]:
+    """`decode` by the CUDA kernels."""
+    places = DecodePlaces(active, slots.positions, tables, count.reshape(1))
+    token_ids = slots.token_ids[active]
+    hidden, inputs, cache, counters = model.with_kernels(token_ids, cache, places, slots.counters)
+    logits = model.logits_with_kernels(hidden, inputs, places.count)
+    slots, sampled = _sample_with_kernel(replace(slots, counters=counters), logits, active, places.count)
+    return cache, slots, sampled
+
+
+def _sample_with_kernel(slots: Slots, logits: Array, active: Array, count: Array) -> tuple[Slots, Sampled]:
+    row = {field.name: getattr(slots.sampling, field.name) for field in fields(slots.sampling)}
+    new = kernel_sampling.sample(logits, slots.token_ids, slots.positions, row, active, count)
+    sampling = replace(slots.sampling, counts=new.counts, step=new.step)
+    advanced = replace(slots, token_ids=new.token_ids, positions=new.positions, sampling=sampling)
+    return advanced, Sampled(new.sampled, new.logprobs, new.top_ids, new.top_logprobs)
+
+
 def _rows(
     cache: KVCache, tables: Array, *, slots: Array, positions: Array, count: Array, **tiles: Array
 ) -> Rows:
@@ -141,7 +186,8 @@ def _sample(slots: Slots, logits: Array, active: Array, count: Array) -> tuple[S
         history = slots.sampling
         counts = history.counts.at[used, sampled.token_id].add(1, mode="drop")
         advanced = replace(history, counts=counts, step=history.step.at[used].add(1, mode="drop"))
-        return Slots(
+        return replace(
+            slots,
             token_ids=slots.token_ids.at[used].set(sampled.token_id, mode="drop"),
             positions=slots.positions.at[used].add(1, mode="drop"),
             sampling=advanced,
@@ -176,6 +222,7 @@ def sampling_row(
     row["seed"] = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
     row["step"] = np.int32(len(generated_ids))
     row["wants_logprobs"] = np.bool_(params.logprobs is not None)
+    row["has_bias"] = np.bool_(len(params.logit_bias) > 0)
     return SamplingRow(**row, bias=bias, counts=counts, in_prompt=in_prompt)
 
 
@@ -235,8 +282,8 @@ class Steps:
             call.__name__ = function.__name__
             return jax.jit(call, donate_argnums=(1, 2))
 
-        self._prefill = compiled(prefill)
-        self._decode = compiled(decode)
+        self._prefill = compiled(prefill_with_kernels if shapes.kernels else prefill)
+        self._decode = compiled(decode_with_kernels if shapes.kernels else decode)
         # a function object of its own: JAX counts compilations by function, over all engines of a process
         self._admit: Any = jax.jit(partial(admit), donate_argnums=0)
         self._make_state()
@@ -342,7 +389,24 @@ class Steps:
 def _idle_slots(num_slots: int, vocab_size: int) -> Slots:
     row = sampling_row(SamplingParams(), vocab_size, (), (), 0)
     batch = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (num_slots, *np.shape(x))).copy(), row)
-    return Slots(jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.int32), batch)
+    zeros = [jnp.zeros(length, jnp.int32) for length in (num_slots, num_slots, _NUM_COUNTERS)]
+    return Slots(zeros[0], zeros[1], batch, zeros[2])
+
+
+def why_without_kernels(config: ModelConfig, cache_dtype: str | None) -> str | None:
+    """Why the CUDA kernels cannot run this network on jax's default device, in one sentence, or None."""
+    widths = config.d_model, config.expert_width, config.num_heads * config.head_dim
+    group = config.num_heads // config.num_kv_heads
+    limits = {
+        f"the widths {widths} must be multiples of 256": all(width % 256 == 0 for width in widths),
+        f"a head must have 64 or 128 numbers, not {config.head_dim}": config.head_dim in (64, 128),
+        f"at most 8 heads may share keys, not {group}": group <= 8,
+        f"there may be 256 experts, not {config.num_experts}": config.num_experts <= 256,
+        f"a token may have 16 experts, not {config.experts_per_token}": config.experts_per_token <= 16,
+        f"the cache must be bfloat16, not {cache_dtype}": cache_dtype in (None, "bfloat16"),
+    }
+    broken = [limit for limit, holds in limits.items() if not holds]
+    return ptx.unavailable() or (broken[0] if broken else None)
 
 
 def use_compilation_cache() -> None:

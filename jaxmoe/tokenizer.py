@@ -79,6 +79,7 @@ class Tokenizer:
         named = (self.control_tokens[text] for text in _END_TEXTS if text in self.control_tokens)
         self.eos_ids: Final = frozenset((*end_ids, *named, *(() if eos_id is None else (eos_id,))))
         self.silent_ids: Final = self.eos_ids | frozenset(self.control_tokens.values())
+        self.whole_texts: Final[dict[int, str]] = {}
         self._bytes: Final = [_bytes_of(text, kind) for text, kind in zip(tokens, token_types, strict=True)]
         vocabulary = _plain_vocabulary(tokens, token_types)
         self._encoder: Final = _make_encoder(vocabulary, _split_merges(merges, vocabulary), pre)
@@ -158,14 +159,20 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that this id completes; "" while a character is unfinished."""
+        if not self._held and (text := self._tokenizer.whole_texts.get(token_id)) is not None:
+            return text
         if token_id in self._tokenizer.silent_ids:
             return ""
+        is_alone = not self._held
         held = self._held + self._tokenizer.token_bytes(token_id)
         # Python's own incremental decoder keeps half a surrogate, which can become nothing.
         unfinished = _UNFINISHED.search(held, max(0, len(held) - 3))
         end = unfinished.start() if unfinished else len(held)
         self._held = held[end:]
-        return held[:end].decode("utf-8", "replace")
+        text = held[:end].decode("utf-8", "replace")
+        if is_alone and not self._held:
+            self._tokenizer.whole_texts[token_id] = text
+        return text
 
     def finish(self) -> str:
         """What is left: U+FFFD for an unfinished character, else ""."""

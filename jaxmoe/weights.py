@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -13,6 +15,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
 from jax import Array, lax
 from tqdm import tqdm
 
@@ -22,12 +25,25 @@ from jaxmoe.gguf import GGUFError, GGUFFile, GGUFTensor
 from jaxmoe.layers import StackedWeight
 from jaxmoe.model import Decoder, Embedding
 from jaxmoe.moe import MoE
-from jaxmoe.quants import Layout, QuantTensor, block_format, dequantise, device_size, empty, pack, pack_into
+from jaxmoe.quants import (
+    Layout,
+    QuantTensor,
+    block_format,
+    dequantise,
+    device_size,
+    empty,
+    pack,
+    pack_into,
+    read_rows,
+)
 
 Progress = Callable[[float], None]
 
-# 8 threads repack 1 GB/s on a machine of 16 cores, 16 threads half of that: they wait for the interpreter
+# 8 threads repack 1 GB/s on a machine of 16 cores, 16 threads half of that: they wait for the interpreter.
+# As many copy pieces of the file to a GPU, one in each: what the host holds beside the mapped file, and the
+# device beside the weights, stays near 8 pieces.
 _MAX_THREADS = 8
+_PIECE_SIZE = 16 << 20
 
 # role -> (tensor name after "blk.N.", shape by ModelConfig's letters)
 _MATRICES = {
@@ -48,6 +64,13 @@ _NORMS = {
 }
 _EMBEDDING, _OUTPUT, _FINAL_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 
+# Roles that one kernel reads with one index: their layers are stacked by the types of all of them together.
+# XLA's plain path reads each alone.
+_LAUNCHES: dict[Layout, tuple[tuple[str, ...], ...]] = {
+    "rows": (("q", "k", "v"), ("output",), ("router",), ("gate", "up"), ("down",)),
+    "columns": tuple((role,) for role in _MATRICES),
+}
+
 
 def default_layout() -> Layout:
     """Input axis contiguous for a GPU's kernels, transposed for XLA on a CPU."""
@@ -55,13 +78,12 @@ def default_layout() -> Layout:
 
 
 class _Tensors:
-    """The tensors of one file, looked up by role and checked."""
+    """The tensors of one file by role, each looked up and checked once; GGUFError names what is wrong."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
-        self.file = file
-        self.num_layers = config.num_layers
+        self._file = file
         # axis lengths by letter; N and K are heads times H, as the matrices have them
-        self.lengths = {
+        self._lengths = {
             "N": config.num_heads * config.head_dim,
             "K": config.num_kv_heads * config.head_dim,
             "D": config.d_model,
@@ -70,46 +92,44 @@ class _Tensors:
             "F": config.expert_width,
             "V": config.vocab_size,
         }
+        self.embedding = self._get(_EMBEDDING, "VD")
+        self.final_norm = self._get(_FINAL_NORM, "D")
+        # None where the embedding serves as it
+        self.output = self._get(_OUTPUT, "VD") if _OUTPUT in file.tensors else None
+        self.layers = {
+            role: [self._get(f"blk.{i}.{name}", letters) for i in range(config.num_layers)]
+            for role, (name, letters) in (_MATRICES | _NORMS).items()
+        }
+        self._check_all_are_read()
 
-    def get(self, name: str, letters: str) -> GGUFTensor:
-        """The tensor, its shape and type checked; GGUFError names what is wrong."""
-        if name not in self.file.tensors:
-            raise GGUFError(self.file.path, None, f"the GGUF file has no tensor '{name}'")
-        tensor = self.file.tensors[name]
-        expected = tuple(self.lengths[letter] for letter in letters)
+    def __iter__(self) -> Iterator[GGUFTensor]:
+        yield from (self.embedding, self.final_norm, *([] if self.output is None else [self.output]))
+        yield from chain(*self.layers.values())
+
+    def _get(self, name: str, letters: str) -> GGUFTensor:
+        if name not in self._file.tensors:
+            raise GGUFError(self._file.path, None, f"the GGUF file has no tensor '{name}'")
+        tensor = self._file.tensors[name]
+        expected = tuple(self._lengths[letter] for letter in letters)
         if tensor.shape != expected:
             what = f"tensor '{name}' must have shape {expected} ({letters}), got {tensor.shape}"
-            raise GGUFError(self.file.path, None, what)
+            raise GGUFError(self._file.path, None, what)
         try:
             block_format(tensor.ggml_type)
         except ValueError as error:
-            raise GGUFError(self.file.path, None, f"tensor '{name}': {error}") from None
+            raise GGUFError(self._file.path, None, f"tensor '{name}': {error}") from None
         return tensor
 
-    def layers(self, role: str) -> list[GGUFTensor]:
-        """The tensor of every layer."""
-        name, letters = (_MATRICES | _NORMS)[role]
-        return [self.get(f"blk.{i}.{name}", letters) for i in range(self.num_layers)]
-
-    def output(self) -> GGUFTensor | None:
-        """The output matrix; None where the embedding serves as it."""
-        return self.get(_OUTPUT, "VD") if _OUTPUT in self.file.tensors else None
-
-    def all(self) -> list[GGUFTensor]:
-        """Every tensor that the network reads; GGUFError names one of the file that it would not."""
-        single = [self.get(_EMBEDDING, "VD"), self.get(_FINAL_NORM, "D"), self.output()]
-        by_layer = [self.layers(role) for role in (*_MATRICES, *_NORMS)]
-        read = [tensor for tensor in (*single, *chain(*by_layer)) if tensor is not None]
-        unread = self.file.tensors.keys() - {tensor.name for tensor in read}
+    def _check_all_are_read(self) -> None:
+        unread = self._file.tensors.keys() - {tensor.name for tensor in self}
         if unread:
             what = f"tensor '{min(unread)}' is none that this network knows: it cannot be left out"
-            raise GGUFError(self.file.path, None, what)
-        return read
+            raise GGUFError(self._file.path, None, what)
 
 
 def device_weights_size(file: GGUFFile, config: ModelConfig) -> int:
     """Bytes that the file's tensors take on the device; GGUFError if one is missing or misshapen."""
-    return sum(device_size(t.ggml_type, t.shape) for t in _Tensors(file, config).all())
+    return sum(device_size(t.ggml_type, t.shape) for t in _Tensors(file, config))
 
 
 def load_model(
@@ -123,11 +143,11 @@ def load_model(
 ) -> Decoder:
     """Build the Decoder, tensor by tensor; `progress` gets the share of bytes loaded, 0..1.
 
-    Host memory beyond the page cache stays near the largest tensor of one layer. Raises GGUFError for a
-    missing or misshapen tensor, naming it.
+    Layout "columns" is packed on the host, "rows" on the device. Host memory beyond the page cache stays near
+    the largest tensor of one layer. Raises GGUFError for a missing or misshapen tensor, naming it.
     """
     tensors = _Tensors(file, config)
-    total = sum(tensor.size for tensor in tensors.all())
+    total = sum(tensor.size for tensor in tensors)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not show_bar) as bar,
         ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads,
@@ -140,75 +160,95 @@ def load_model(
             bar.update(size)
             progress(loaded / total)
 
-        loader = _Loader(layout or default_layout(), threads, file.check_unchanged, advance)
+        chosen = layout or default_layout()
+        loader = _LOADERS[chosen](chosen, threads, file.check_unchanged, advance)
         return _decoder(tensors, config, loader, context_length)
 
 
 def _decoder(tensors: _Tensors, config: ModelConfig, loader: _Loader, context_length: int) -> Decoder:
-    matrices = {role: loader.stacked(tensors.layers(role)) for role in _MATRICES}
-    norms = {role: loader.numbers(tensors.layers(role)) for role in _NORMS}
+    matrices: dict[str, StackedWeight] = {}
+    for roles in _LAUNCHES[loader.layout]:
+        matrices |= _stacked({role: tensors.layers[role] for role in roles}, loader.stack)
+    norms = {role: loader.numbers(tensors.layers[role]) for role in _NORMS}
     cos, sin = map(jnp.asarray, rope_tables(config, context_length))
-    output = tensors.output()
+    output = tensors.output
     # an untied embedding is only looked up row by row
     embedding_layout: Layout = loader.layout if output is None else "rows"
     return Decoder(
         config,
-        embedding=Embedding(loader.single(tensors.get(_EMBEDDING, "VD"), embedding_layout)),
+        embedding=Embedding(loader.single(tensors.embedding, embedding_layout)),
         attention=Attention(config, matrices | norms, cos, sin),
         moe=MoE(config, matrices),
-        norms=norms | {"final": loader.numbers([tensors.get(_FINAL_NORM, "D")])[0]},
+        norms=norms | {"final": loader.numbers([tensors.final_norm])[0]},
         output=None if output is None else loader.single(output, loader.layout),
     )
 
 
+def _stacked(
+    launch: dict[str, list[GGUFTensor]], stack: Callable[[list[GGUFTensor]], QuantTensor]
+) -> dict[str, StackedWeight]:
+    """The weights of a launch by role, all with the same places: one stack for each combination of types."""
+    types = [tuple(t.ggml_type for t in layer) for layer in zip(*launch.values(), strict=True)]
+    members = {kind: [i for i, found in enumerate(types) if found == kind] for kind in sorted(set(types))}
+    which = {kind: i for i, kind in enumerate(members)}
+    places = [(which[kind], members[kind].index(i)) for i, kind in enumerate(types)]
+    return {
+        role: StackedWeight([stack([tensors[i] for i in layers]) for layers in members.values()], places)
+        for role, tensors in launch.items()
+    }
+
+
 @dataclass(frozen=True)
-class _Loader:
-    """Repacks tensors on the host and moves them onto the device."""
+class _Loader(ABC):
+    """Moves tensors onto the device, packed in `layout`."""
 
     layout: Layout
     threads: ThreadPoolExecutor
     check_unchanged: Callable[[], None]
     advance: Callable[[int], None]
 
-    def repack(self, tensor: GGUFTensor, out: QuantTensor) -> None:
-        """Write the tensor into the host arrays of `out`."""
-        self.check_unchanged()
-        *lead, num_rows, _ = tensor.shape
-        pieces = prod(lead) if lead else -(-num_rows // _ROWS_A_TASK)
-        list(self.threads.map(partial(_pack_piece, out, tensor), range(pieces)))
-        self.advance(tensor.size)
-
+    @abstractmethod
     def single(self, tensor: GGUFTensor, layout: Layout) -> QuantTensor:
         """One tensor on the device."""
+
+    @abstractmethod
+    def stack(self, tensors: list[GGUFTensor]) -> QuantTensor:
+        """Tensors of one type and shape on the device, [len(tensors), ...]."""
+
+    def numbers(self, tensors: list[GGUFTensor]) -> Array:
+        """Small vectors of all layers, dequantised, [L, width] float32."""
+        packed = [pack(t.ggml_type, t.data, (1, *t.shape), "rows") for t in tensors]
+        self.advance(sum(tensor.size for tensor in tensors))
+        return jnp.asarray(np.concatenate([dequantise(tensor) for tensor in packed]))
+
+
+# --- Packed on the host, by numpy, which also transposes: for layout "columns".
+
+
+class _HostLoader(_Loader):
+    def single(self, tensor: GGUFTensor, layout: Layout) -> QuantTensor:
         host = empty(tensor.ggml_type, tensor.shape, layout)
-        self.repack(tensor, host)
+        self._repack(tensor, host)
         return host.map(jnp.asarray)
 
-    def stacked(self, tensors: list[GGUFTensor]) -> StackedWeight:
-        """A weight of all layers, stacked per ggml type."""
-        types = sorted({tensor.ggml_type for tensor in tensors})
-        members = {kind: [t for t in tensors if t.ggml_type == kind] for kind in types}
-        stacks = [self._stack(members[kind]) for kind in types]
-        places = [(types.index(t.ggml_type), members[t.ggml_type].index(t)) for t in tensors]
-        return StackedWeight(stacks, places)
-
-    def _stack(self, tensors: list[GGUFTensor]) -> QuantTensor:
+    def stack(self, tensors: list[GGUFTensor]) -> QuantTensor:
         # one layer's host arrays, used for every layer: the copy must be done before the next repack
         host = empty(tensors[0].ggml_type, tensors[0].shape, self.layout)
         stack = host.map(lambda a: jnp.zeros((len(tensors), *a.shape), a.dtype))
         for i, tensor in enumerate(tensors):
-            self.repack(tensor, host)
+            self._repack(tensor, host)
             arrays = {
                 name: _store(array, host.arrays[name], np.int32(i)) for name, array in stack.arrays.items()
             }
             stack = replace(stack, **jax.block_until_ready(arrays))
         return stack
 
-    def numbers(self, tensors: list[GGUFTensor]) -> Array:
-        """Small vectors of all layers, dequantised, [L, width] float32."""
-        packed = [pack(t.ggml_type, t.data, (1, *t.shape), "rows") for t in tensors]
-        self.advance(sum(tensor.size for tensor in tensors))
-        return jnp.concatenate([jnp.asarray(dequantise(tensor)) for tensor in packed])
+    def _repack(self, tensor: GGUFTensor, out: QuantTensor) -> None:
+        self.check_unchanged()
+        *lead, num_rows, _ = tensor.shape
+        pieces = prod(lead) if lead else -(-num_rows // _ROWS_A_TASK)
+        list(self.threads.map(partial(_pack_piece, out, tensor), range(pieces)))
+        self.advance(tensor.size)
 
 
 _ROWS_A_TASK = 1024
@@ -233,3 +273,85 @@ def _pack_piece(out: QuantTensor, tensor: GGUFTensor, i: int) -> None:
 @partial(jax.jit, donate_argnums=0)
 def _store(stack: Array, layer: Array, index: Array) -> Array:
     return lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+
+# --- Packed on the device, for layout "rows": the file's bytes go up as they are.
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Packed rows [rows, bytes], their place among a stack's rows, and how many bytes no piece had before."""
+
+    raw: np.ndarray
+    first_row: int
+    new_size: int
+
+
+class _DeviceLoader(_Loader):
+    def single(self, tensor: GGUFTensor, layout: Layout) -> QuantTensor:
+        return self._filled(tensor.shape, [tensor])
+
+    def stack(self, tensors: list[GGUFTensor]) -> QuantTensor:
+        return self._filled((len(tensors), *tensors[0].shape), tensors)
+
+    def _filled(self, shape: tuple[int, ...], tensors: Sequence[GGUFTensor]) -> QuantTensor:
+        ggml_type = tensors[0].ggml_type
+        arrays = _zeros(ggml_type, shape)
+        for raw, piece in self._uploaded(_pieces(tensors)):
+            arrays = _store_rows(ggml_type, arrays, raw, np.int32(piece.first_row))
+            self.advance(piece.new_size)
+        outline = empty(ggml_type, shape, "rows", jax.ShapeDtypeStruct)
+        return replace(outline, **jax.block_until_ready(arrays))
+
+    def _uploaded(self, pieces: Iterable[_Piece]) -> Iterator[tuple[Array, _Piece]]:
+        """Each piece on the device, in order, _MAX_THREADS under way at most."""
+        waiting: deque[tuple[Future[Array], _Piece]] = deque()
+        for piece in pieces:
+            if len(waiting) == _MAX_THREADS:
+                future, first = waiting.popleft()
+                yield future.result(), first
+            waiting.append((self.threads.submit(self._upload, piece.raw), piece))
+        for future, piece in waiting:
+            yield future.result(), piece
+
+    def _upload(self, raw: np.ndarray) -> Array:
+        self.check_unchanged()
+        # on a CPU this may be the mapped file itself: it is read, and never donated
+        return jax.block_until_ready(jax.device_put(raw))
+
+
+def _pieces(tensors: Sequence[GGUFTensor]) -> Iterator[_Piece]:
+    """The rows of all tensors, one after the other; all pieces are equally long, so that one program serves.
+
+    The last piece of a tensor is moved back so that it fits: it repeats rows of the one before.
+    """
+    num_rows = prod(tensors[0].shape[:-1])
+    count = -(-num_rows // -(-tensors[0].size // _PIECE_SIZE))
+    for i, tensor in enumerate(tensors):
+        raw = tensor.data.reshape(num_rows, -1)
+        for start in range(0, num_rows, count):
+            first = min(start, num_rows - count)
+            new_size = min(count, num_rows - start) * raw.shape[1]
+            yield _Piece(raw[first : first + count], i * num_rows + first, new_size)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _zeros(ggml_type: GGMLType, shape: tuple[int, ...]) -> dict[str, Array]:
+    return empty(ggml_type, shape, "rows", jnp.zeros).arrays
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _store_rows(
+    ggml_type: GGMLType, arrays: dict[str, Array], raw: Array, first_row: Array
+) -> dict[str, Array]:
+    """Packed rows [rows, bytes] in their place of a stack's arrays [..., N, K], in place."""
+    rows = read_rows(ggml_type, raw, jnp)
+    return {name: _store_flat(array, rows[name], first_row) for name, array in arrays.items()}
+
+
+def _store_flat(array: Array, rows: Array, first_row: Array) -> Array:
+    flat = array.reshape(-1, array.shape[-1])
+    return lax.dynamic_update_slice(flat, rows, (first_row, jnp.int32(0))).reshape(array.shape)
+
+
+_LOADERS: dict[Layout, type[_HostLoader | _DeviceLoader]] = {"columns": _HostLoader, "rows": _DeviceLoader}

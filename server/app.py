@@ -131,27 +131,65 @@ def _around_requests(inner: App, service: Service) -> App:
                 call.cancel()
             return message
 
+        bounded = BoundedSend(send, service.settings)
         try:
-            await inner(scope, heard, _bounded(send, service.settings))
+            await inner(scope, heard, bounded)
         finally:
             # A generator that never started runs no `finally` of its own.
             call.cancel()
             service.calls.discard(call)
+            bounded.close()
 
     return app
 
 
-def _bounded(send: Send, settings: Settings) -> Send:
-    """A send that waits for a slow client, and gives up on one that takes nothing."""
-    unsent_size = _unsent_size(send)
+class BoundedSend:
+    """A send that waits for a slow client, and gives up with TimeoutError on one that takes nothing.
 
-    async def bounded(message: Any) -> None:
-        async with asyncio.timeout(settings.write_seconds):
-            await send(message)
-            while unsent_size() > settings.write_size:  # noqa: ASYNC110 - there is no event to wait for
+    As asyncio.timeout around each message would, but with one timer for many messages: starting and
+    stopping one for each token costs as much as its JSON.
+    """
+
+    def __init__(self, send: Send, settings: Settings) -> None:
+        self._send = send
+        self._settings = settings
+        self._unsent_size = _unsent_size(send)
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._sending: asyncio.Task[Any] | None = None
+        self._until = 0.0
+        self._gave_up = False
+
+    async def __call__(self, message: Any) -> None:
+        self._until = self._loop.time() + self._settings.write_seconds
+        self._sending = asyncio.current_task()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._until, self._look)
+        try:
+            await self._send(message)
+            while self._unsent_size() > self._settings.write_size:  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            gave_up, self._gave_up = self._gave_up, False
+            if gave_up and self._sending is not None and self._sending.uncancel() == 0:
+                raise TimeoutError from None
+            raise
+        finally:
+            self._sending = None
 
-    return bounded
+    def close(self) -> None:
+        """Leave nothing behind on the event loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._sending is None:
+            return
+        if self._loop.time() < self._until:
+            self._timer = self._loop.call_at(self._until, self._look)
+        else:
+            self._gave_up = self._sending.cancel()
 
 
 def _unsent_size(send: Any) -> Callable[[], int]:

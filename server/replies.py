@@ -6,7 +6,7 @@ Source of the shapes: OpenAI's API reference; `timings` is llama-server's, `toke
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -19,6 +19,7 @@ LOWEST_LOGPROB: Final = -9999.0
 
 # ASCII only: some clients split a stream at U+2028 or U+0085 too.
 to_json: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_HOLE: Final = "\0"
 
 
 class Vocabulary(Protocol):
@@ -76,6 +77,7 @@ class Reply:
         self._request_id = request_id
         self._identity = {"id": f"{self.id_prefix}-{request_id}", "created": created, "model": model}
         self._chunk_start = to_json({**self._identity, "object": self.chunk_object})[:-1] + ',"choices":['
+        self._text_frames: dict[int, tuple[str, str, str]] = {}
         self._num_unfinished = generation.num_choices
         self._num_tokens = 0
 
@@ -83,14 +85,14 @@ class Reply:
         """The chunks before the first token."""
         return []
 
-    def of(self, event: Event) -> Iterator[str]:
+    def of(self, event: Event) -> list[str]:
         """The chunks of one event: its text, then its choice's end."""
-        check_event(event)
         self._num_tokens += len(event.token_ids)
-        if event.text:
-            yield self._chunk(self._with_ids(self.text_choice(event), event.token_ids))
-        if event.finish_reason is not None:
-            yield self._last_chunk(event)
+        if event.finish_reason is None:
+            return [self._text_chunk(event)] if event.text else []
+        check_event(event)
+        last = self._last_chunk(event)
+        return [self._text_chunk(event), last] if event.text else [last]
 
     def closing(self) -> list[str]:
         """The usage chunk, where one was asked for."""
@@ -130,6 +132,21 @@ class Reply:
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """A choice in one piece."""
         raise NotImplementedError
+
+    def _text_chunk(self, event: Event) -> str:
+        if event.logprobs:
+            return self._chunk(self._with_ids(self.text_choice(event), event.token_ids))
+        before, between, after = self._text_frames.get(event.index) or self._text_frame(event.index)
+        ids = f"[{','.join(map(str, event.token_ids))}]" if self._body.return_token_ids else ""
+        return before + to_json(event.text) + between + ids + after
+
+    def _text_frame(self, index: int) -> tuple[str, str, str]:
+        """What is the same in all chunks of a choice: before the text, between text and ids, and after."""
+        chunk = self._chunk(self._with_ids(self.text_choice(Event(_HOLE, (), index=index)), ()))
+        before, _, rest = chunk.rpartition(to_json(_HOLE))
+        between, _, after = rest.rpartition("[]") if self._body.return_token_ids else (rest, "", "")
+        self._text_frames[index] = before, between, after
+        return before, between, after
 
     def _last_chunk(self, event: Event) -> str:
         self._num_unfinished -= 1

@@ -5,7 +5,6 @@ Source of the format: the WHATWG HTML standard, "Server-sent events".
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from typing import Final, Protocol
 
@@ -15,9 +14,9 @@ CONTENT_TYPE: Final = "text/event-stream; charset=utf-8"
 PING: Final = b": ping\n\n"
 
 
-def frame(text: str) -> bytes:
-    """One event; `text` is a single line."""
-    return f"data: {text}\n\n".encode()
+def frame(*texts: str) -> bytes:
+    """Events; each text is a single line."""
+    return "".join([f"data: {text}\n\n" for text in texts]).encode()
 
 
 DONE: Final = frame("[DONE]")
@@ -48,22 +47,17 @@ async def stream(
     events that were taken out already.
     """
     try:
-        written, events = _frames(chunks.opening()), first
+        written, events = frame(*chunks.opening()), first
         while True:
-            written += b"".join(_frames(chunks.of(event)) for event in events)
+            written += frame(*[text for event in events for text in chunks.of(event)])
             if generation.finished:
                 break
             yield written or PING
-            # A write that never blocks would not notice that its client has left.
-            await asyncio.sleep(0)
+            # It lets other tasks run: a write that never blocks would not notice that its client has left.
             written, events = b"", await generation.next_events(ping_seconds or None)
-        yield written + _frames(chunks.closing()) + DONE
+        yield written + frame(*chunks.closing()) + DONE
     except Exception as error:
         generation.cancel()
         yield frame(chunks.failure(error)) + DONE
     finally:
         generation.cancel()
-
-
-def _frames(texts: Iterable[str]) -> bytes:
-    return b"".join(frame(text) for text in texts)

@@ -66,3 +66,17 @@ def tiny_q4_steps(tiny_q4: Path) -> Steps:
     from on_device import open_steps
 
     return open_steps(tiny_q4, prefill_chunk=64)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run on the CPU, compiled by g++."""
+    import emulator
+
+    from jaxmoe.kernels import ptx
+
+    why = emulator.unavailable()
+    if why is not None:
+        pytest.skip(why)
+    monkeypatch.setattr(ptx, "launch", emulator.emulated_launch)
+    monkeypatch.setattr(ptx, "unavailable", lambda: None)

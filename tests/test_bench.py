@@ -13,19 +13,25 @@ from fake_steps import FakeSteps
 from gguf.constants import GGML_QUANT_SIZES
 
 from jaxmoe.engine import Engine
-from tools import bench
-from tools.bench import BenchError, Case, Measured, Plan, Room, Timed, Weights
+from tools import bench, roofline
+from tools.bench import Asked, BenchError, Case, Measured, Plan, Room, Timed
+from tools.roofline import Weights
 from tools.synth_gguf import PRESETS, plan_tensors
 
 KEYS = {
     "what", "streams", "prompt_tokens", "context", "tok_per_s", "ttft_ms", "gap_ms_p50", "gap_ms_p95",
-    "gb_per_s", "device_gb_per_s", "floor_share",
+    "gb_per_s", "device_gb_per_s", "floor_share", "dispatch_us", "engine_share", "start_s",
 }  # fmt: skip
-DECODE = KEYS
-PREFILL = KEYS - {"gap_ms_p50", "gap_ms_p95"}
+DECODE = KEYS - {"engine_share", "start_s"}
+HTTP_DECODE = KEYS - {"dispatch_us", "start_s"}
+PREFILL = DECODE - {"gap_ms_p50", "gap_ms_p95", "dispatch_us"}
 TTFT = {"what", "streams", "prompt_tokens", "context", "ttft_ms"}
+HTTP_STARTUP = {"what", "context", "start_s"}
 STARTUP = {"what", "context", "load_s", "compile_s", "host_peak_bytes", "host_peak_is", "device_bytes"}
-FILLED = {"decode": DECODE, "prefill": PREFILL, "http_decode": DECODE, "http_ttft": TTFT, "startup": STARTUP}
+FILLED = {
+    "decode": DECODE, "prefill": PREFILL, "http_decode": HTTP_DECODE, "http_ttft": TTFT, "startup": STARTUP,
+    "http_startup": HTTP_STARTUP,
+}  # fmt: skip
 SMALL = {
     "token_embd.weight": 1000,
     "output.weight": 500,
@@ -51,7 +57,7 @@ def test_a_step_reads_the_experts_that_it_is_expected_to_meet() -> None:
     assert weights.step_size(1) == 34 + 100 + 10 + 500
     # two tokens meet 1 - (3/4)^2 = 7/16 of the experts
     assert weights.step_size(2) == 34 + 175 + 20 + 500
-    assert weights.decode_token_size(Case("decode", 2, 9, 9), 512) == 729 / 2
+    assert bench._decode_token_size(weights, Case("decode", 2, 9, 9), 512) == 729 / 2
 
 
 def test_a_prompt_reads_the_weights_once_a_chunk_and_the_output_once() -> None:
@@ -76,18 +82,16 @@ def test_the_floors_of_the_real_model(streams: int, tok_per_s: float) -> None:
         count, size = GGML_QUANT_SIZES[tensor.ggml_type]
         in_file[tensor.name] = prod(tensor.shape) // count * size
     weights = _weights(in_file, sizes.vocab_size, sizes.num_experts, sizes.experts_per_token)
-    assert 4.3e12 / weights.decode_token_size(Case("decode", streams, 1, 1), 512) == pytest.approx(
-        tok_per_s, rel=0.01
-    )
+    case = Case("decode", streams, 1, 1)
+    assert 4.3e12 / bench._decode_token_size(weights, case, 512) == pytest.approx(tok_per_s, rel=0.01)
 
 
 def test_decode_counts_only_while_all_streams_run() -> None:
     early = _stream(0.0, 1.0, 1.5, 2.0, 2.1, 2.2, 2.3)
     late = _stream(0.5, 2.0, 2.1, 2.2, 2.3, 2.4, 3.4)
     figures = bench.decode_figures([early, late], 16)
-    assert figures == pytest.approx(
-        {"tok_per_s": 20.0, "ttft_ms": 1250.0, "gap_ms_p50": 100.0, "gap_ms_p95": 100.0}
-    )
+    expected = {"tok_per_s": 20.0, "ttft_ms": 1250.0, "gap_ms_p50": 100.0, "gap_ms_p95": 100.0}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
 
 
 def test_a_chunk_of_several_tokens_counts_as_several() -> None:
@@ -136,10 +140,88 @@ def test_prompts_are_random_and_each_is_another() -> None:
 
 
 def test_streams_that_start_early_get_as_many_more_tokens() -> None:
-    plan = Plan(("decode", "http_ttft"), (1, 3), (600,), context=None, new_tokens=64, repeats=1)
+    rows = tuple(Asked(what, streams, 600) for what in ("decode", "http_ttft") for streams in (1, 3))
+    plan = Plan(rows, (), context=None, new_tokens=64, repeats=1)
     alone = bench.plan_cases(plan, 512, over_http=False)
     assert alone == [Case("decode", 1, 600, 64), Case("decode", 3, 600, 68)]
     assert [case.what for case in bench.plan_cases(plan, 512, over_http=True)] == ["http_ttft"] * 2
+    assert plan.num_slots == 3
+
+
+def _plan_of(*options: str) -> Plan:
+    return bench._plan(bench._arguments(["model.gguf", *options]))
+
+
+@pytest.mark.parametrize(
+    ("what", "on_engine", "over_http"),
+    [
+        ("decode", True, False),
+        ("http_ttft", False, True),
+        ("startup", True, False),
+        ("http_startup", False, True),
+    ],
+)
+def test_only_the_sides_that_are_asked_for(what: str, on_engine: bool, over_http: bool) -> None:
+    plan = _plan_of(f"--what={what}")
+    assert (plan.needs(over_http=False), plan.needs(over_http=True)) == (on_engine, over_http)
+
+
+def test_every_goal_has_its_row() -> None:
+    plan = _plan_of("--goals")
+    asked = {(row.what, row.streams, row.prompt_tokens) for row in plan.rows} | {("http_startup", None, None)}
+    assert {(goal.what, goal.streams, goal.prompt_tokens) for goal in plan.goals} <= asked
+    rates = {place[1:] for place in asked if place[0] == "decode"}
+    assert rates == {(1, 512), (8, 512), (32, 512), (64, 512), (1, 32_768)}
+    assert {place[1:] for place in asked if place[0] == "http_decode"} == rates - {(1, 32_768)}
+    assert (plan.startups, plan.num_slots, len(asked)) == (("http_startup",), 64, 12)
+
+
+def test_a_share_of_the_engine_and_which_goals_are_met() -> None:
+    def row(what: str, streams: int, rate: float) -> dict[str, Any]:
+        return bench._empty_row(what, streams, 512, 1024) | {"tok_per_s": rate}
+
+    rows = [
+        row("decode", 1, 700),
+        row("decode", 8, 1999),
+        row("http_decode", 1, 679),
+        row("http_decode", 8, 1),
+    ]
+    rows += [bench._empty_row("http_ttft", 1, 512, 1024) | {"ttft_ms": 25.0}, row("http_decode", 2, 5)]
+    bench.add_shares(rows)
+    assert [row["engine_share"] for row in rows] == [None, None, 0.97, 0.0005, None, None]
+    found = {
+        (goal["what"], goal["streams"]): goal["met"]
+        for goal in bench.goal_rows(bench.GOALS, rows)
+        if goal["prompt_tokens"] == 512
+    }
+    assert found["decode", 1] == "must"
+    assert found["decode", 8] == "no"
+    assert found["http_decode", 1] == "must"
+    assert found["http_ttft", 1] == "aim"
+    assert found["decode", 64] is None
+
+
+@pytest.mark.parametrize(("value", "met"), [(15, "aim"), (15.1, "must"), (30, "must"), (30.1, "no")])
+def test_a_goal_of_at_most(value: float, met: str) -> None:
+    goal = next(goal for goal in bench.GOALS if goal.what == "http_startup")
+    assert goal.met(value) == met
+
+
+def test_launches_are_timed_in_the_engine() -> None:
+    steps = FakeSteps(num_slots=2)
+    engine = Engine(steps, eos_ids=frozenset(), prefill_chunk=8, max_waiting=4, after_step=lambda: None)
+    engine.start()
+    try:
+        with bench.timed_launches(engine) as dispatch:
+            bench.engine_run(engine)([[1, 2, 3]], 7)
+            found = dispatch()
+            assert found is not None
+            assert 0 < found < 1e6
+            assert dispatch() is None
+        bench.engine_run(engine)([[1, 2, 3]], 7)
+        assert dispatch() is None
+    finally:
+        engine.stop()
 
 
 def test_the_engine_gives_each_stream_all_its_tokens_and_their_times() -> None:
@@ -170,9 +252,9 @@ def test_a_case_without_room_fails_alone(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_copy_is_one() -> None:
-    assert bench._host_copy(1 << 12)() == 1
-    assert bench._device_copy(1 << 12, 3)() == 3
-    assert bench.measure_bandwidth(1 << 16) > 0
+    assert roofline._host_copy(1 << 12)() == 1
+    assert roofline._device_copy(1 << 12, 3)() == 3
+    assert roofline.measure_bandwidth(1 << 16) > 0
 
 
 @pytest.mark.parametrize("wrong", ["--what=decoding", "--streams=0", "--streams=1,x", "--new-tokens=2"])
@@ -196,16 +278,25 @@ def test_a_run_fills_every_row(
     monkeypatch.setattr(bench, "COPY_SIZE", 1 << 20)
     monkeypatch.setenv("JAXMOE_PREFILL_CHUNK", "64")
     out = tmp_path / "deep" / "bench.json"
-    options = ["--streams=1,2", "--prompt-tokens=70", "--context=512", "--new-tokens=200", "--repeats=1"]
+    what = f"--what={','.join(bench.WHAT)}"
+    options = [
+        what,
+        "--streams=1,2",
+        "--prompt-tokens=70",
+        "--context=512",
+        "--new-tokens=200",
+        "--repeats=1",
+    ]
     assert bench.main([str(tiny_q4), *options, f"--out={out}"]) == 0
     document = json.loads(out.read_text())
     rows = {(row["what"], row["streams"]): row for row in document["results"]}
     measured = [(what, streams) for what in bench.KINDS for streams in (1, 2)]
-    assert list(rows) == [*measured, ("startup", None)]
+    assert list(rows) == [*measured, ("startup", None), ("http_startup", None)]
     for (what, _), row in rows.items():
         assert set(row) == KEYS | FILLED[what]
         assert {name for name, value in row.items() if value is not None} == FILLED[what]
-        assert (row["context"], row["prompt_tokens"]) == (512, None if what == "startup" else 70)
+        assert (row["context"], row["prompt_tokens"]) == (512, None if "startup" in what else 70)
+    assert document["goals"] == []
     assert rows["decode", 2]["device_gb_per_s"] > rows["decode", 2]["gb_per_s"]
     assert rows["startup", None]["device_bytes"] >= document["env"]["size"]["device_bytes"]
     assert document["env"]["model"] == tiny_q4.name

@@ -346,6 +346,75 @@ async def test_nothing_arrives_in_time(tiny_gguf: Path) -> None:
         await all_events(generation)
 
 
+def generation_alone() -> Generation:
+    """A generation whose events come from the test."""
+    return Generation(PROMPT, num_choices=1, engine=None, loop=asyncio.get_running_loop())  # type: ignore[arg-type]
+
+
+async def test_other_tasks_run_though_there_always_is_an_event() -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task, generation = asyncio.create_task(other()), generation_alone()
+    for _ in range(50):
+        generation._put(Event("a", (1,)))
+        assert await generation.next_events(15.0) == [Event("a", (1,))]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert turns >= 49
+
+
+async def test_each_wait_has_its_own_time() -> None:
+    generation, loop = generation_alone(), asyncio.get_running_loop()
+
+    async def seconds_of(limit: float | None, event_after: float | None = None) -> float:
+        if event_after is not None:
+            loop.call_later(event_after, generation._put, Event("a", (1,)))
+            loop.call_later(event_after, generation._wake)
+        start = loop.time()
+        assert len(await generation.next_events(limit)) == (event_after is not None)
+        return loop.time() - start
+
+    assert 0.04 <= await seconds_of(0.1, event_after=0.05) < 0.5
+    assert 0.08 <= await seconds_of(0.09) < 0.5  # not when the timer of the wait before would go off
+    assert 0.08 <= await seconds_of(5.0, event_after=0.09) < 0.5
+    assert 0.02 <= await seconds_of(0.03) < 0.5  # though a timer for later was there
+    assert 0.02 <= await seconds_of(0.06, event_after=0.03) < 0.5
+    assert 0.08 <= await seconds_of(None, event_after=0.09) < 0.5
+
+
+async def test_a_finished_generation_leaves_no_timer() -> None:
+    generation = generation_alone()
+    asyncio.get_running_loop().call_soon(generation._put, Event("", (), finish_reason="stop"))
+    asyncio.get_running_loop().call_soon(generation._wake)
+    await generation.next_events(60.0)
+    timer = generation._bell._timer
+    assert timer is not None
+    assert timer.cancelled()
+
+
+async def test_a_wake_up_that_finds_nobody_or_nothing_does_no_harm() -> None:
+    generation = generation_alone()
+    generation._wake()
+    waiting = asyncio.create_task(generation.next_events())
+    await asyncio.sleep(0)
+    generation._wake()
+    generation._wake()
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    generation._put(Event("a", (1,)))
+    assert await generation.next_events() == [Event("a", (1,))]
+
+
 async def test_submit_says_what_is_wrong_and_leaves_nothing_behind(tiny_gguf: Path) -> None:
     with fake_llm(
         tiny_gguf, num_slots=1, step_seconds=0.02, engine_config=EngineConfig(max_waiting=1)

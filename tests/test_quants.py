@@ -25,6 +25,7 @@ from jaxmoe.quants import (
     pack,
     pack_into,
     packed_size,
+    read_rows,
     unpack_codes,
 )
 
@@ -103,6 +104,22 @@ def test_jitted_values_are_bit_equal_to_gguf(ggml_type: GGMLType, layout: Layout
         raw.reshape(-1, 17)[:, 0] = np.maximum(raw.reshape(-1, 17)[:, 0], 2)  # XLA flushes subnormals
     tensor = pack(ggml_type, raw, shape, layout)
     assert_bit_equal(jitted_dequantise(tensor), expected(ggml_type, raw, shape, layout))
+
+
+@pytest.mark.parametrize("shape", [(37, 768), (1, 256), (5, 96)], ids=str)
+@pytest.mark.parametrize("ggml_type", FORMATS, ids=lambda known: known.name)
+def test_rows_read_on_the_device_are_bit_equal(ggml_type: GGMLType, shape: tuple[int, int]) -> None:
+    shape = (shape[0], max(shape[1], FORMATS[ggml_type].block))
+    raw = random_blocks(ggml_type, shape, seed=3)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        read = jax.jit(lambda rows: read_rows(ggml_type, rows, jnp))(raw.reshape(shape[0], -1))
+    packed = pack(ggml_type, raw, shape, "rows")
+    assert read.keys() == packed.arrays.keys()
+    for name, array in packed.arrays.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        assert np.asarray(read[name]).tobytes() == array.tobytes(), name
+    tensor = replace(packed, **{name: np.asarray(array) for name, array in read.items()})
+    assert_bit_equal(dequantise(tensor), expected(ggml_type, raw, shape, "rows"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
@@ -19,8 +20,8 @@ from quart import Quart
 
 from jaxmoe import EngineConfig
 from jaxmoe.llm import LLM
-from server import lifetime
-from server.app import create_app
+from server import backend, lifetime
+from server.app import BoundedSend, create_app
 from server.settings import Settings
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -341,6 +342,16 @@ async def test_a_failed_load_is_shown_and_ends_the_process(
     assert "Traceback" not in caplog.text
 
 
+def test_a_loaded_model_is_left_out_of_garbage_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda: frozen.append(0))
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(len(loaded)))
+    loaded: list[object] = []
+    monkeypatch.setattr(backend, "LLM", lambda *args: loaded.append(args))
+    backend.load_llm(Settings(model="a.gguf"), lambda phase, progress: None)
+    assert frozen == [0, 1]
+
+
 async def test_no_model_is_said_with_the_way_to_get_one(
     ended: list[int | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -576,6 +587,54 @@ async def test_a_client_that_takes_nothing_is_given_up(tiny_gguf: Path) -> None:
         await exchange.end()
         assert len(llm.steps.launched) < 500  # type: ignore[attr-defined]
         assert DISCONNECT not in list(exchange.inbox._queue)  # type: ignore[attr-defined]
+
+
+class Sink:
+    """A client that takes what is sent to it while `open` is set."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.open.set()
+        self.taken: list[str] = []
+
+    async def send(self, message: str) -> None:
+        await self.open.wait()
+        self.taken.append(message)
+
+
+async def test_each_write_has_its_own_time() -> None:
+    sink, loop = Sink(), asyncio.get_running_loop()
+    send = BoundedSend(sink.send, Settings(write_seconds=0.3))
+    await send("a")
+    await asyncio.sleep(0.2)  # the timer of the first write goes off in the middle of the second
+    sink.open.clear()
+    loop.call_later(0.2, sink.open.set)
+    await send("b")
+    await asyncio.sleep(0.35)  # and between two
+    sink.open.clear()
+    start = loop.time()
+    with pytest.raises(TimeoutError):
+        await send("c")
+    assert 0.29 <= loop.time() - start < 1.0
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    assert sink.taken == ["a", "b"]
+
+
+async def test_a_cancelled_write_is_not_one_that_took_too_long() -> None:
+    sink = Sink()
+    send = BoundedSend(sink.send, Settings(write_seconds=0.05))
+    sink.open.clear()
+    task: asyncio.Future[None] = asyncio.ensure_future(send("a"))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    timer = send._timer
+    send.close()
+    assert timer is not None
+    assert timer.cancelled()
 
 
 async def test_leaving_at_done_is_no_cancellation(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

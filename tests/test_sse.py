@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 from jaxmoe import Event
 from server.sse import DONE, PING, frame, stream
@@ -98,21 +95,3 @@ async def test_every_end_cancels() -> None:
     await anext(body)
     await body.aclose()
     assert generation.cancelled == 1
-
-
-async def test_other_tasks_run_between_two_writes() -> None:
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    task = asyncio.create_task(other())
-    generation = FakeGeneration(*([event("a")] for _ in range(50)))
-    await writes(generation, [])
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert turns >= 49

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +19,12 @@ from flax import nnx
 from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 
+from jaxmoe import weights
 from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import GGUFError, GGUFFile, GGUFTensor, Value, read_gguf
 from jaxmoe.layers import StackedWeight
 from jaxmoe.model import Decoder
-from jaxmoe.quants import Layout, QuantTensor, dequantise
+from jaxmoe.quants import Layout, QuantTensor, dequantise, device_size, empty, packed_size
 from jaxmoe.weights import device_weights_size, load_model
 from tools.synth_gguf import write_synthetic
 
@@ -141,7 +145,9 @@ def test_layers_of_different_types_are_each_exact(tiny_q4: Path, layout: Layout,
         file = replace(file, tensors=tensors)
     model = load(file, layout)
     mixed = {name for name, weight in matrices(model).items() if len(weight.stacks) == 2}
-    assert mixed == {"attn_v", "ffn_down_exps"}
+    # rows: q, k and v are read by one kernel with one index
+    with_v = {"attn_q", "attn_k"} if layout == "rows" else set()
+    assert mixed == {"attn_v", "ffn_down_exps"} | with_v
     for name, weight in matrices(model).items():
         for i, values in enumerate(by_layer(weight)):
             expected = dequantised(file.tensors[f"blk.{i}.{name}.weight"])
@@ -151,18 +157,122 @@ def test_layers_of_different_types_are_each_exact(tiny_q4: Path, layout: Layout,
     )
 
 
-def test_layers_whose_types_alternate_find_theirs(tmp_path: Path) -> None:
-    path = tmp_path / "mini.gguf"
+@pytest.fixture(scope="module")
+def mini_q4(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
+    """Four layers; attn_v and ffn_down_exps have two types, one pair of layers after the other."""
+    path = tmp_path_factory.mktemp("mini") / "mini.gguf"
     write_synthetic(path, "mini", "Q4_K_M")
-    file = read_gguf(path)
-    names = [f"blk.{i}.attn_v.weight" for i in range(4)]
-    # the file has two layers of each type, one pair after the other
-    shuffled = dict(zip(names, (file.tensors[names[i]] for i in (2, 1, 3, 0)), strict=True))
-    file = replace(file, tensors={**file.tensors, **shuffled})
-    kinds = [tensor.ggml_type for tensor in shuffled.values()]
-    assert kinds == [GGMLType.Q6_K, GGMLType.Q4_K] * 2
-    for tensor, values in zip(shuffled.values(), by_layer(load(file).attention.v, 4), strict=True):
+    return read_gguf(path)
+
+
+def with_types(file: GGUFFile, role: str, order: tuple[int, ...]) -> GGUFFile:
+    names = [f"blk.{i}.{role}.weight" for i in range(4)]
+    moved = dict(zip(names, (file.tensors[names[i]] for i in order), strict=True))
+    return replace(file, tensors={**file.tensors, **moved})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_whose_types_alternate_find_theirs(mini_q4: GGUFFile, layout: Layout) -> None:
+    file = with_types(mini_q4, "attn_v", (2, 1, 3, 0))
+    shuffled = [file.tensors[f"blk.{i}.attn_v.weight"] for i in range(4)]
+    assert [tensor.ggml_type for tensor in shuffled] == [GGMLType.Q6_K, GGMLType.Q4_K] * 2
+    for tensor, values in zip(shuffled, by_layer(load(file, layout).attention.v, 4), strict=True):
         np.testing.assert_array_equal(values, dequantised(tensor))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_one_launch_have_the_same_places(mini_q4: GGUFFile, layout: Layout) -> None:
+    # types of v by layer: Q6_K, Q4_K, Q6_K, Q4_K; of k: two of the file's own, then two of v's
+    file = with_types(mini_q4, "attn_v", (2, 1, 3, 0))
+    tensors = dict(file.tensors)
+    for i in (1, 2):
+        name = f"blk.{i}.attn_k.weight"
+        tensors[name] = replace(file.tensors["blk.0.attn_v.weight"], name=name)
+    file = replace(file, tensors=tensors)
+    kinds = {t.name: t.ggml_type for t in tensors.values()}
+    q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
+    k, v = ([tensors[f"blk.{i}.attn_{name}.weight"].ggml_type for i in range(4)] for name in "kv")
+    assert (k, v) == ([q4, q6, q6, q4], [q6, q4, q6, q4])
+    assert len({kinds[f"blk.{i}.attn_q.weight"] for i in range(4)}) == 1
+    found = {name: weight.places for name, weight in matrices(load(file, layout)).items()}
+    if layout == "columns":
+        assert found["attn_q"] == ((0, 0), (0, 1), (0, 2), (0, 3))
+        assert found["attn_k"] == ((0, 0), (1, 0), (1, 1), (0, 1))
+        assert found["attn_v"] == ((1, 0), (0, 0), (1, 1), (0, 1))
+    else:
+        assert found["attn_q"] == found["attn_k"] == found["attn_v"] == ((1, 0), (2, 0), (3, 0), (0, 0))
+        assert found["ffn_gate_exps"] == found["ffn_up_exps"]
+        assert found["attn_output"] == ((0, 0), (0, 1), (0, 2), (0, 3))
+
+
+# --- Packing on the device, in pieces.
+
+
+@pytest.mark.parametrize("piece_size", [20_000, 300_000])
+def test_pieces_of_any_size_fill_every_row(
+    mini_q4: GGUFFile, monkeypatch: pytest.MonkeyPatch, piece_size: int
+) -> None:
+    monkeypatch.setattr(weights, "_PIECE_SIZE", piece_size)
+    shares: list[float] = []
+    config = ModelConfig.from_gguf(mini_q4)
+    model = load_model(mini_q4, config, context_length=16, layout="rows", progress=shares.append)
+    assert all(a < b for a, b in pairwise(shares))
+    assert shares[-1] == pytest.approx(1)
+    for name in ("attn_q", "attn_v", "ffn_gate_exps", "ffn_down_exps", "ffn_gate_inp"):
+        for i, values in enumerate(by_layer(matrices(model)[name], 4)):
+            expected = dequantised(mini_q4.tensors[f"blk.{i}.{name}.weight"])
+            np.testing.assert_array_equal(values, expected, err_msg=f"{name} {i}")
+
+
+def test_pieces_are_equally_long_and_the_last_is_moved_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_PIECE_SIZE", 40)
+    rows = np.arange(100, dtype=np.uint8)
+    tensor = GGUFTensor("x", (5, 2, 5), GGMLType.F16, rows, 100)  # 10 rows of 10 bytes: 3 pieces of 4 rows
+    pieces = list(weights._pieces([tensor, tensor]))
+    assert [(p.first_row, len(p.raw), p.new_size) for p in pieces] == [
+        (0, 4, 40), (4, 4, 40), (6, 4, 20), (10, 4, 40), (14, 4, 40), (16, 4, 20)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(pieces[2].raw.reshape(-1), rows[60:])
+
+
+def test_only_a_few_pieces_are_under_way(tiny_gguf: Path) -> None:
+    drawn = 0
+
+    def pieces() -> Iterator[weights._Piece]:
+        nonlocal drawn
+        for drawn in range(1, 31):
+            yield weights._Piece(np.full((2, 4), drawn, np.uint8), drawn, 8)
+
+    with ThreadPoolExecutor(4) as threads:
+        loader = weights._DeviceLoader("rows", threads, read_gguf(tiny_gguf).check_unchanged, lambda _: None)
+        for i, (raw, piece) in enumerate(loader._uploaded(pieces())):
+            assert drawn <= i + 1 + weights._MAX_THREADS
+            assert piece.first_row == i + 1
+            np.testing.assert_array_equal(raw, i + 1)
+    assert i == 29
+
+
+@pytest.mark.parametrize("ggml_type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.F32], ids=lambda t: t.name)
+def test_a_piece_is_packed_in_place(ggml_type: GGMLType) -> None:
+    shape = (3, 8, 64, 256)
+    arrays = empty(ggml_type, shape, "rows", jax.ShapeDtypeStruct).arrays
+    raw = jax.ShapeDtypeStruct((100, packed_size(ggml_type, (256,))), np.uint8)
+    row = jax.ShapeDtypeStruct((), np.int32)
+    memory = weights._store_rows.lower(ggml_type, arrays, raw, row).compile().memory_analysis()
+    size = device_size(ggml_type, shape)
+    assert memory.alias_size_in_bytes == size
+    assert memory.output_size_in_bytes <= size + 64
+    assert memory.temp_size_in_bytes <= 2 * raw.size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_that_was_cut_since_ends_the_loading(tmp_path: Path, layout: Layout) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_synthetic(path, "tiny", "Q4_K_M")
+    file = read_gguf(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(GGUFError, match="cut while it was open"):
+        load(file, layout)
 
 
 def dequantised(tensor: GGUFTensor) -> np.ndarray:
@@ -226,7 +336,7 @@ def test_the_size_on_the_device_is_known_before_loading(tmp_path: Path, quant: s
     tables = model.attention.cos[...].nbytes + model.attention.sin[...].nbytes
     held = sum(array.nbytes for array in jax.tree.leaves(nnx.state(model))) - tables
     assert device_weights_size(file, ModelConfig.from_gguf(file)) == held
-    assert held <= 1.12 * file.tensor_size
+    assert held <= 1.12 * sum(tensor.size for tensor in file.tensors.values())
 
 
 def test_progress_grows_to_one(tiny_gguf: Path) -> None:

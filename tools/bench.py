@@ -1,19 +1,24 @@
 """Measure startup, prefill, decode and time to first token: the engine alone, and through HTTP.
 
-`python -m tools.bench MODEL.gguf [--what decode,prefill,http_decode,http_ttft,startup] [--streams 1,4,8]
-[--prompt-tokens 128,512] [--context N] [--new-tokens N] [--repeats N] [--out FILE.json]`
+`python -m tools.bench MODEL.gguf [--goals | --what decode,prefill,http_decode,http_ttft,startup,http_startup]
+[--streams 1,4,8] [--prompt-tokens 128,512] [--context N] [--new-tokens N] [--repeats N] [--out FILE.json]`
 
-Every figure is the median over the repeats. Prompts are random ids, others for each stream and each repeat; a
-first round with few tokens warms up and is not counted. Sampling is greedy and goes on past end tokens. Other
-settings of the engine come from the environment (JAXMOE_CACHE_SIZE ...), as they do for the server.
+--goals measures the rows of GOALS, and says of each which figure it had to reach. Every figure is the median
+over the repeats. Prompts are random ids, others for each stream and each repeat; a first round with few
+tokens warms up and is not counted. Sampling is greedy and goes on past end tokens. One engine and one server,
+with as many slots as the most streams, measure all rows; their other settings come from the environment
+(JAXMOE_CACHE_SIZE ...).
 
 - decode, http_decode: tokens per second of all streams together, and milliseconds between a stream's tokens,
-  while all streams decode; ttft_ms is from the same streams.
+  while all streams decode; ttft_ms is from the same streams. dispatch_us is the host's time to launch one
+  decode step, in the engine's thread; engine_share is the rate through HTTP over the engine's.
 - prefill: prompt tokens per second until every stream has its first token; http_ttft: that time alone.
 - startup: the load in this process, with JAX's own start in load_s; compile_s is without the persistent
   compilation cache, unless JAX_COMPILATION_CACHE_DIR names one; host_peak_bytes is the highest RssAnon, read
   every 10 ms (VmHWM would count the mapped file's pages, which are the page cache's); device_bytes is what
   the device says is in use, or the size of all live arrays where it does not say.
+- http_startup: start_s from the start of a server's process until /health says ok; the second of two starts,
+  so that file and compiled steps are in their caches.
 - gb_per_s: bytes of weights, as in the file, that the steps must read, per second; device_gb_per_s: the same
   weights in the device's format. KV cache and activations are left out. B tokens are expected to meet
   E * (1 - (1 - A/E)^B) experts a layer. floor_share is gb_per_s over the speed of a large copy (bytes read
@@ -32,8 +37,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -49,25 +54,27 @@ import numpy as np
 
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFFile, read_gguf
-from jaxmoe.quants import device_size
-from jaxmoe.request import FinishReason, Request, RequestError, SamplingParams
+from jaxmoe.request import Decode, FinishReason, Request, RequestError, SamplingParams
 from server.settings import read_settings
 from tools.client import Client, ProtocolError, ServerError, StreamRecord
 from tools.environment import host_name, read_environment
 from tools.launch import LaunchError, launch
+from tools.recorder import record
+from tools.roofline import COPY_SIZE, Weights, device_sizes, file_sizes, measure_bandwidth
 from tools.target import Target
 
 if TYPE_CHECKING:
-    from jaxmoe.engine import Engine
+    from jaxmoe.engine import Engine, Pending
 
 Row = dict[str, Any]
 Prompts = list[list[int]]
 Figures = dict[str, float | None]
 
-FIGURES = ("tok_per_s", "ttft_ms", "gap_ms_p50", "gap_ms_p95")
-COPY_SIZE = 512 << 20  # bytes: more than any cache holds
-COPIES = 10
+FIGURES = ("tok_per_s", "ttft_ms", "gap_ms_p50", "gap_ms_p95", "dispatch_us")
+DERIVED = ("engine_share", "start_s", "gb_per_s", "device_gb_per_s", "floor_share")
 WARM_TOKENS = 8
+SMALL_CHUNK = 512  # tokens: planned with where the engine chooses; the streams then run longer, if anything
+LONG = 8192  # tokens: longer prompts are measured on the engine alone
 # The first token may be part of a character, whose text waits for the next ones.
 TTFT_TOKENS = 8
 
@@ -77,15 +84,53 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure: each of `what` for each number of streams and each length of prompt."""
+class Asked:
+    """A row to measure: `what` of KINDS, for so many streams with prompts of so many tokens."""
 
-    what: tuple[str, ...]
-    streams: tuple[int, ...]
-    prompt_tokens: tuple[int, ...]
+    what: str
+    streams: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: the rows, and which of STARTUPS; `goals` are looked up in what was found."""
+
+    rows: tuple[Asked, ...]
+    startups: tuple[str, ...]
     context: int | None
     new_tokens: int
     repeats: int
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def num_slots(self) -> int:
+        return max((row.streams for row in self.rows), default=1)
+
+    def needs(self, *, over_http: bool) -> bool:
+        """Whether something is to be measured on this side of the socket."""
+        kinds = [KINDS[row.what].over_http for row in self.rows] + [
+            one == HTTP_STARTUP for one in self.startups
+        ]
+        return over_http in kinds
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of one row that must be reached, and one that is aimed at; `at_most`: smaller is better."""
+
+    what: str
+    streams: int | None
+    prompt_tokens: int | None
+    figure: str
+    must: float
+    aim: float
+    at_most: bool = False
+
+    def met(self, found: float) -> str:
+        """ "aim", "must" or "no"."""
+        reached = [found <= bound if self.at_most else found >= bound for bound in (self.aim, self.must)]
+        return "aim" if reached[0] else "must" if reached[1] else "no"
 
 
 @dataclass(frozen=True)
@@ -114,68 +159,6 @@ class Measured:
     context_length: int
     figures: Figures
     failed: str | None = None
-
-
-# --- The weights that a step reads.
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of the weights, by how a step reads them.
-
-    `whole`: attention, router and norms; `experts`: all experts of all layers; `output`: the output matrix;
-    `embedding_row`: what one token looks up. `active_share` is A/E.
-    """
-
-    whole: float
-    experts: float
-    output: float
-    embedding_row: float
-    active_share: float
-
-    @classmethod
-    def from_sizes(cls, sizes: Mapping[str, int], config: ModelConfig) -> Weights:
-        """From the bytes of each tensor, by its name in the file."""
-        embedding = sizes["token_embd.weight"]
-        output = sizes.get("output.weight")
-        experts = sum(size for name, size in sizes.items() if "_exps." in name)
-        return cls(
-            whole=sum(sizes.values()) - experts - embedding - (output or 0),
-            experts=experts,
-            output=embedding if output is None else output,
-            embedding_row=embedding / config.vocab_size,
-            active_share=config.experts_per_token / config.num_experts,
-        )
-
-    def step_size(self, num_tokens: int, *, samples: bool = True) -> float:
-        """Bytes that one step over `num_tokens` tokens is expected to read, each weight once."""
-        distinct = 1 - (1 - self.active_share) ** num_tokens
-        read = self.whole + distinct * self.experts + num_tokens * self.embedding_row
-        return read + self.output if samples else read
-
-    def prompt_size(self, prompt_tokens: int, chunk: int) -> float:
-        """Bytes that the prefill of one prompt reads, in chunks of `chunk` tokens."""
-        starts = range(0, prompt_tokens, chunk)
-        lengths = [min(chunk, prompt_tokens - start) for start in starts]
-        return sum(self.step_size(length, samples=False) for length in lengths) + self.output
-
-    def decode_token_size(self, case: Case, _: int) -> float:
-        """Bytes to read for each token of a decode step."""
-        return self.step_size(case.streams) / case.streams
-
-    def prefill_token_size(self, case: Case, chunk: int) -> float:
-        """Bytes to read for each token of a prompt."""
-        return self.prompt_size(case.prompt_tokens, chunk) / case.prompt_tokens
-
-
-def file_sizes(file: GGUFFile) -> dict[str, int]:
-    """Bytes of each tensor in the file."""
-    return {tensor.name: tensor.size for tensor in file.tensors.values()}
-
-
-def device_sizes(file: GGUFFile) -> dict[str, int]:
-    """Bytes of each tensor in the device's format."""
-    return {tensor.name: device_size(tensor.ggml_type, tensor.shape) for tensor in file.tensors.values()}
 
 
 # --- From arrival times to figures.
@@ -224,7 +207,7 @@ def decode_figures(streams: Sequence[Timed], prompt_tokens: int) -> Figures:
     if any(not stream.arrivals or stream.first == stream.last for stream in steady):
         raise BenchError("the streams hardly ran at the same time; more --new-tokens may help")
     gaps = [gap for stream in steady for gap in stream.gaps_ms]
-    return {
+    return dict.fromkeys(FIGURES) | {
         # a rate each, so that it does not matter whose token of a step is the last one counted
         "tok_per_s": sum(stream.tok_per_s for stream in steady),
         "ttft_ms": median(stream.ttft_ms for stream in streams),
@@ -269,41 +252,84 @@ class Kind:
     token_size: Callable[[Weights, Case, int], float] | None
 
 
+def _decode_token_size(weights: Weights, case: Case, _: int) -> float:
+    """Bytes to read for each token of a decode step."""
+    return weights.step_size(case.streams) / case.streams
+
+
+def _prefill_token_size(weights: Weights, case: Case, chunk: int) -> float:
+    """Bytes to read for each token of a prompt."""
+    return weights.prompt_size(case.prompt_tokens, chunk) / case.prompt_tokens
+
+
 KINDS = {
-    "decode": Kind(False, None, decode_figures, Weights.decode_token_size),
-    "prefill": Kind(False, 1, prefill_figures, Weights.prefill_token_size),
-    "http_decode": Kind(True, None, decode_figures, Weights.decode_token_size),
+    "decode": Kind(False, None, decode_figures, _decode_token_size),
+    "prefill": Kind(False, 1, prefill_figures, _prefill_token_size),
+    "http_decode": Kind(True, None, decode_figures, _decode_token_size),
     "http_ttft": Kind(True, TTFT_TOKENS, ttft_figures, None),
 }
-STARTUP = "startup"
-WHAT = (*KINDS, STARTUP)
+STARTUP, HTTP_STARTUP = STARTUPS = ("startup", "http_startup")
+WHAT = (*KINDS, *STARTUPS)
+DEFAULT_WHAT = (*KINDS, STARTUP)
+
+# What the GPU path was built to reach on one H200 with the 30B file in Q4_K_M.
+GOALS = (
+    Goal("decode", 1, 512, "tok_per_s", 700, 1000),
+    Goal("http_decode", 1, 512, "engine_share", 0.95, 0.99),
+    Goal("decode", 8, 512, "tok_per_s", 2000, 3000),
+    Goal("decode", 32, 512, "tok_per_s", 5000, 6500),
+    Goal("http_decode", 32, 512, "engine_share", 0.90, 0.97),
+    Goal("decode", 64, 512, "tok_per_s", 7500, 11_000),
+    Goal("http_decode", 64, 512, "engine_share", 0.85, 0.95),
+    Goal("decode", 1, 32_768, "tok_per_s", 385, 520),
+    Goal("prefill", 1, 2048, "tok_per_s", 20_000, 40_000),
+    Goal("http_ttft", 1, 512, "ttft_ms", 40, 25, at_most=True),
+    Goal("http_startup", None, None, "start_s", 30, 15, at_most=True),
+)
 
 
 def plan_cases(plan: Plan, chunk: int, *, over_http: bool) -> list[Case]:
     """The rows to measure on one side of the socket; `chunk` is the engine's prefill_chunk."""
-    names = [name for name in plan.what if name in KINDS and KINDS[name].over_http == over_http]
     return [
-        Case(name, streams, length, KINDS[name].max_tokens or _decode_tokens(plan, streams, length, chunk))
-        for name in names
-        for streams in plan.streams
-        for length in plan.prompt_tokens
+        Case(
+            row.what,
+            row.streams,
+            row.prompt_tokens,
+            KINDS[row.what].max_tokens or _decode_tokens(plan, row, chunk),
+        )
+        for row in plan.rows
+        if KINDS[row.what].over_http == over_http
     ]
 
 
-def _decode_tokens(plan: Plan, streams: int, prompt_tokens: int, chunk: int) -> int:
+def _decode_tokens(plan: Plan, row: Asked, chunk: int) -> int:
     # A decode step follows each chunk of the other prompts: the first stream is ahead by so many.
-    return plan.new_tokens + (streams - 1) * -(-prompt_tokens // chunk)
+    return plan.new_tokens + (row.streams - 1) * -(-row.prompt_tokens // chunk)
 
 
 Run = Callable[[Prompts, int], list[Timed]]
 
 
-def measure(cases: Sequence[Case], run: Run, room: Room, *, vocab_size: int, repeats: int) -> list[Measured]:
-    """Measure each case, and say on the terminal what was found."""
+Dispatch = Callable[[], float | None]
+
+
+def measure(
+    cases: Sequence[Case],
+    run: Run,
+    room: Room,
+    *,
+    vocab_size: int,
+    repeats: int,
+    dispatch: Dispatch = lambda: None,
+) -> list[Measured]:
+    """Measure each case, and say on the terminal what was found.
+
+    `dispatch` gives the median microseconds of the decode launches since it was called last.
+    """
     found = []
     for case in cases:
         try:
-            figures = _measure(case, run, room, vocab_size=vocab_size, repeats=repeats)
+            figures = _measure(case, run, room, dispatch, vocab_size=vocab_size, repeats=repeats)
             found.append(Measured(case, room.context_length, figures))
         except (BenchError, RequestError, ServerError, ProtocolError) as error:
             found.append(Measured(case, room.context_length, dict.fromkeys(FIGURES), failed=str(error)))
@@ -311,13 +337,17 @@ def measure(cases: Sequence[Case], run: Run, room: Room, *, vocab_size: int, rep
     return found
 
 
-def _measure(case: Case, run: Run, room: Room, *, vocab_size: int, repeats: int) -> Figures:
+def _measure(
+    case: Case, run: Run, room: Room, dispatch: Dispatch, *, vocab_size: int, repeats: int
+) -> Figures:
     _check_room(case, room)
     run(random_prompts(case, "warm", vocab_size), min(WARM_TOKENS, case.max_tokens))
+    dispatch()
     rounds = []
     for i in range(repeats):
         streams = run(random_prompts(case, i, vocab_size), case.max_tokens)
-        rounds.append(KINDS[case.what].figures(streams, case.prompt_tokens))
+        figures = KINDS[case.what].figures(streams, case.prompt_tokens)
+        rounds.append({**figures, "dispatch_us": dispatch()})
     return medians(rounds)
 
 
@@ -347,20 +377,25 @@ def _check_room(case: Case, room: Room) -> None:
 # --- The engine alone.
 
 
-def engine_alone(file: GGUFFile, engine_config: EngineConfig, plan: Plan) -> tuple[list[Measured], Row]:
-    """Load the model in this process and measure what needs no socket; also the row of the startup."""
+def engine_alone(file: GGUFFile, engine_config: EngineConfig, plan: Plan) -> tuple[list[Measured], Row, int]:
+    """Measure what needs no socket, on an engine of this process; also the startup's row and the chunk."""
     config = ModelConfig.from_gguf(file)
     with MemoryWatch() as memory:
         engine, seconds = _load(file, config, engine_config)
     try:
         startup = _startup_row(engine.context_length, seconds, memory.peak)
-        cases = plan_cases(plan, engine_config.prefill_chunk, over_http=False)
+        steps: Any = engine._steps
+        chunk: int = steps.shapes.prefill_chunk
+        cases = plan_cases(plan, chunk, over_http=False)
         room = Room(engine.context_length, engine.stats().total_pages * engine_config.page_length)
-        run = engine_run(engine)
-        found = measure(cases, run, room, vocab_size=config.vocab_size, repeats=plan.repeats)
+        with timed_launches(engine) as dispatch:
+            found = measure(
+                cases, engine_run(engine), room,
+                vocab_size=config.vocab_size, repeats=plan.repeats, dispatch=dispatch,
+            )  # fmt: skip
     finally:
         engine.stop()
-    return found, startup
+    return found, startup, chunk
 
 
 def _load(file: GGUFFile, config: ModelConfig, engine_config: EngineConfig) -> tuple[Engine, Row]:
@@ -382,6 +417,29 @@ def _load(file: GGUFFile, config: ModelConfig, engine_config: EngineConfig) -> t
         "compile_s": ended["compiling"] - ended["loading"],
     }
     return engine, {name: round(value, 3) for name, value in seconds.items()}
+
+
+@contextmanager
+def timed_launches(engine: Engine) -> Iterator[Dispatch]:
+    """Time each launch of a decode step where the engine's thread makes it; the engine must be idle."""
+    steps: Any = engine._steps
+    seconds: list[float] = []
+
+    def decode(step: Decode) -> Pending:
+        started = perf_counter()
+        pending: Pending = launched(step)
+        seconds.append(perf_counter() - started)
+        return pending
+
+    def dispatch() -> float | None:
+        taken, seconds[:] = list(seconds), []
+        return 1e6 * median(taken) if taken else None
+
+    launched, steps.decode = steps.decode, decode
+    try:
+        yield dispatch
+    finally:
+        del steps.decode
 
 
 def engine_run(engine: Engine) -> Run:
@@ -421,9 +479,30 @@ def _submit(
 # --- Through HTTP.
 
 
-def through_http(path: Path, engine_config: EngineConfig, plan: Plan, *, vocab_size: int) -> list[Measured]:
-    """Serve the file from a real hypercorn process and measure at the socket."""
-    cases = plan_cases(plan, engine_config.prefill_chunk, over_http=True)
+def through_http(
+    path: Path, engine_config: EngineConfig, plan: Plan, *, vocab_size: int
+) -> tuple[list[Measured], list[Row]]:
+    """Serve the file from a real hypercorn process and measure at the socket; also the row of its start."""
+    starts = []
+    if HTTP_STARTUP in plan.startups:
+        with served(path, engine_config):
+            pass  # now the file and the compiled steps are in their caches
+    started = perf_counter()
+    with served(path, engine_config) as url:
+        start_s = round(perf_counter() - started, 2)
+        client = Client.from_url(url)
+        room = asyncio.run(_server_room(client, engine_config.page_length))
+        if HTTP_STARTUP in plan.startups:
+            starts = [_empty_row(HTTP_STARTUP, None, None, room.context_length) | {"start_s": start_s}]
+            print(f"{HTTP_STARTUP}: start_s {start_s}", flush=True)
+        cases = plan_cases(plan, engine_config.prefill_chunk or SMALL_CHUNK, over_http=True)
+        run = http_run(Target(client))
+        return measure(cases, run, room, vocab_size=vocab_size, repeats=plan.repeats), starts
+
+
+@contextmanager
+def served(path: Path, engine_config: EngineConfig) -> Iterator[str]:
+    """The URL of a server of this file, with as many slots and as long a context."""
     settings = {"JAXMOE_SLOTS": str(engine_config.num_slots)}
     if engine_config.context_length is not None:
         settings["JAXMOE_CONTEXT_LENGTH"] = str(engine_config.context_length)
@@ -431,10 +510,7 @@ def through_http(path: Path, engine_config: EngineConfig, plan: Plan, *, vocab_s
         tempfile.TemporaryDirectory() as folder,
         launch("server:app", path, log=Path(folder) / "server.log", environment=settings) as url,
     ):
-        client = Client.from_url(url)
-        room = asyncio.run(_server_room(client, engine_config.page_length))
-        run = http_run(Target(client))
-        return measure(cases, run, room, vocab_size=vocab_size, repeats=plan.repeats)
+        yield url
 
 
 async def _server_room(client: Client, page_length: int) -> Room:
@@ -446,14 +522,14 @@ async def _server_room(client: Client, page_length: int) -> Room:
 def http_run(target: Target) -> Run:
     """Streams of a server, each chunk timed as its bytes arrive."""
 
-    async def streams(prompts: Prompts, max_tokens: int) -> list[StreamRecord]:
+    def run(prompts: Prompts, max_tokens: int) -> list[Timed]:
         asks = [
             target.ask(prompt, stream=True, to_limit=True, max_tokens=max_tokens, temperature=0)
             for prompt in prompts
         ]
-        return await asyncio.gather(*(target.client.stream(ask) for ask in asks))
+        return [_timed(found) for found in record(target.client, asks)]
 
-    return lambda prompts, max_tokens: [_timed(found) for found in asyncio.run(streams(prompts, max_tokens))]
+    return run
 
 
 def _timed(record: StreamRecord) -> Timed:
@@ -506,54 +582,6 @@ def _device_size_in_use() -> int:
     return int(stats.get("bytes_in_use") or sum(array.nbytes for array in jax.live_arrays()))
 
 
-def measure_bandwidth(size: int) -> float:
-    """Bytes per second, read plus written, of the fastest of a few large copies where the weights lie."""
-    import jax
-
-    on_cpu = jax.default_backend() == "cpu"
-    copy = _host_copy(size) if on_cpu else _device_copy(size)
-    copy()
-    seconds = []
-    for _ in range(COPIES):
-        started = perf_counter()
-        num_copies = copy()
-        seconds.append((perf_counter() - started) / num_copies)
-    return 2 * size / min(seconds)
-
-
-def _host_copy(size: int) -> Callable[[], int]:
-    """A copy by all cores; returns how many copies it made."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    source = np.array_split(np.ones(size, np.uint8), threads)
-    target = np.array_split(np.zeros(size, np.uint8), threads)
-
-    def copy() -> int:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(np.copyto, target, source))
-        return 1
-
-    return copy
-
-
-def _device_copy(size: int, num_copies: int = 20) -> Callable[[], int]:
-    """Copies launched one after the other, so that the launch is hidden; returns how many."""
-    import jax
-    import jax.numpy as jnp
-
-    source = jnp.zeros(size // 4, jnp.uint32)
-    # XLA could leave a plain copy out
-    add_one = jax.jit(lambda x: x + jnp.uint32(1))
-
-    def copy() -> int:
-        x = source
-        for _ in range(num_copies):
-            x = add_one(x)
-        x.block_until_ready()
-        return num_copies
-
-    return copy
-
-
 # --- The document.
 
 
@@ -572,7 +600,7 @@ def _startup_row(context_length: int, seconds: Row, peak: int | None) -> Row:
 
 def _empty_row(what: str, streams: int | None, prompt_tokens: int | None, context: int) -> Row:
     key = {"what": what, "streams": streams, "prompt_tokens": prompt_tokens, "context": context}
-    return {**key, **dict.fromkeys((*FIGURES, "gb_per_s", "device_gb_per_s", "floor_share"))}
+    return {**key, **dict.fromkeys((*FIGURES, *DERIVED))}
 
 
 def measured_row(
@@ -592,29 +620,54 @@ def measured_row(
 
 
 def bench(path: Path, plan: Plan) -> Row:
-    """Measure the plan on a model file; returns {env, results}."""
+    """Measure the plan on a model file; returns {env, results, goals}."""
     file = read_gguf(path)
     config = ModelConfig.from_gguf(file)
     engine_config = _engine_config(plan)
     found: list[Measured] = []
     startup: list[Row] = []
+    chunk = engine_config.prefill_chunk or SMALL_CHUNK
     # HTTP first: once this process has brought JAX up, a GPU has no memory left for the server's.
-    if any(name.startswith("http_") for name in plan.what):
-        found += through_http(path, engine_config, plan, vocab_size=config.vocab_size)
-    if any(not name.startswith("http_") for name in plan.what):
-        alone, row = engine_alone(file, engine_config, plan)
+    if plan.needs(over_http=True):
+        found, startup = through_http(path, engine_config, plan, vocab_size=config.vocab_size)
+    if plan.needs(over_http=False):
+        alone, row, chunk = engine_alone(file, engine_config, plan)
         found += alone
-        startup = [row] if STARTUP in plan.what else []
+        startup += [row] if STARTUP in plan.startups else []
         gc.collect()  # the copies below need the memory that the engine had
     in_file, on_device = (Weights.from_sizes(sizes(file), config) for sizes in (file_sizes, device_sizes))
     bandwidth = measure_bandwidth(COPY_SIZE)
-    chunk = engine_config.prefill_chunk
     rows = [
         measured_row(one, in_file=in_file, on_device=on_device, chunk=chunk, bandwidth=bandwidth)
         for one in found
     ]
+    add_shares(rows)
     rows = sorted(rows + startup, key=lambda row: WHAT.index(row["what"]))
-    return {"env": _env(path, file, config, engine_config, plan, bandwidth), "results": rows}
+    env = _env(path, file, config, engine_config, plan, bandwidth)
+    return {"env": env, "results": rows, "goals": goal_rows(plan.goals, rows)}
+
+
+def add_shares(rows: Sequence[Row]) -> None:
+    """Fill in how much of the engine's rate came through HTTP, where both were measured."""
+    engine = {_key(row): row["tok_per_s"] for row in rows if row["what"] == "decode"}
+    for row in rows:
+        rate = engine.get(_key(row))
+        if row["what"] == "http_decode" and rate and row["tok_per_s"]:
+            row["engine_share"] = round(row["tok_per_s"] / rate, 4)
+
+
+def _key(row: Row) -> tuple[int | None, int | None]:
+    return row["streams"], row["prompt_tokens"]
+
+
+def goal_rows(goals: Sequence[Goal], rows: Sequence[Row]) -> list[Row]:
+    """Each goal with what was found and which bound that meets; None where nothing was found."""
+    by_key = {(row["what"], *_key(row)): row for row in rows}
+    found = []
+    for goal in goals:
+        value = by_key.get((goal.what, goal.streams, goal.prompt_tokens), {}).get(goal.figure)
+        found.append({**asdict(goal), "found": value, "met": None if value is None else goal.met(value)})
+    return found
 
 
 def _engine_config(plan: Plan) -> EngineConfig:
@@ -622,9 +675,9 @@ def _engine_config(plan: Plan) -> EngineConfig:
     given = read_settings(os.environ).engine
     return replace(
         given,
-        num_slots=max(plan.streams),
+        num_slots=plan.num_slots,
         context_length=plan.context or given.context_length,
-        compilation_cache=given.compilation_cache and STARTUP not in plan.what,
+        compilation_cache=given.compilation_cache and STARTUP not in plan.startups,
     )
 
 
@@ -662,6 +715,9 @@ COLUMNS = {
     "ttft_ms": "ttft ms",
     "gap_ms_p50": "gap p50",
     "gap_ms_p95": "gap p95",
+    "dispatch_us": "launch us",
+    "engine_share": "of engine",
+    "start_s": "start s",
     "gb_per_s": "GB/s",
     "floor_share": "floor",
 }
@@ -677,11 +733,18 @@ def table(document: Row) -> str:
     lines += [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
     ]
+    lines += [_goal_line(goal) for goal in document["goals"]]
     startup: Row = next((row for row in document["results"] if row["what"] == STARTUP), {})
     lines += [
         f"{name}: {startup[name]}" for name in startup if name not in COLUMNS and startup[name] is not None
     ]
     return "\n".join(lines)
+
+
+def _goal_line(goal: Row) -> str:
+    what = f"{goal['what']}, {goal['streams']} x {goal['prompt_tokens']}" if goal["streams"] else goal["what"]
+    bounds = f"must {goal['must']:g}, aim {goal['aim']:g}"
+    return f"{what}: {goal['figure']} {_cell(goal['found'])} ({bounds}): {goal['met'] or 'not measured'}"
 
 
 def _cell(value: object) -> str:
@@ -720,22 +783,45 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     summary = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=summary)
     parser.add_argument("model", type=Path, metavar="MODEL.gguf")
-    parser.add_argument("--what", type=_names, default=WHAT, help=",".join(WHAT))
+    parser.add_argument(
+        "--goals", action="store_true", help="the rows that have goals; no other choice counts"
+    )
+    parser.add_argument("--what", type=_names, default=DEFAULT_WHAT, help=",".join(WHAT))
     parser.add_argument("--streams", type=_numbers(1), default=(1, 4, 8), help="streams at once, 1,4,8")
     parser.add_argument("--prompt-tokens", type=_numbers(1), default=(128, 512), help="lengths, 128,512")
     parser.add_argument("--context", type=_number(1), help="the engine's context length in tokens")
-    parser.add_argument("--new-tokens", type=_number(4), default=64, help="while all streams decode")
+    parser.add_argument("--new-tokens", type=_number(4), default=128, help="while all streams decode")
     parser.add_argument("--repeats", type=_number(1), default=3)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     return parser.parse_args(argv)
 
 
+def _plan(asked: argparse.Namespace) -> Plan:
+    how = {"context": asked.context, "new_tokens": asked.new_tokens, "repeats": asked.repeats}
+    if asked.goals:
+        placed = [(g.what, g.streams or 1, g.prompt_tokens or 1) for g in GOALS if g.what in KINDS]
+        # every rate through HTTP beside the engine's, also where no goal is set
+        placed += [("http_decode", streams, length) for what, streams, length in placed if what == "decode"]
+        rows = tuple(
+            Asked(*place) for place in dict.fromkeys(placed) if place[2] < LONG or place[0] == "decode"
+        )
+        return Plan(rows, (HTTP_STARTUP,), **how, goals=GOALS)
+    rows = tuple(
+        Asked(what, streams, length)
+        for what in asked.what
+        if what in KINDS
+        for streams in asked.streams
+        for length in asked.prompt_tokens
+    )
+    return Plan(rows, tuple(what for what in asked.what if what in STARTUPS), **how)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    arguments = vars(_arguments(argv))
-    path, out = arguments.pop("model"), arguments.pop("out")
+    asked = _arguments(argv)
+    out: Path | None = asked.out
     try:
-        document = bench(path, Plan(**arguments))
+        document = bench(asked.model, _plan(asked))
     except (BenchError, LaunchError, ServerError, ProtocolError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -247,14 +247,15 @@ class Client:
         context = ssl.create_default_context() if self.tls else None
         reader, writer = await asyncio.open_connection(self.host, self.port, ssl=context)
         try:
-            writer.write(self._request(method, path, body))
+            writer.write(self.request(method, path, body))
             sent = perf_counter()
             await writer.drain()
             yield await _Response.read_head(reader, sent)
         finally:
             writer.close()
 
-    def _request(self, method: str, path: str, body: Json | None) -> bytes:
+    def request(self, method: str, path: str, body: Json | None) -> bytes:
+        """The bytes of a request; the server is asked to close the connection after its response."""
         content = b"" if body is None else json.dumps(body).encode()
         headers = {
             "host": f"{self.host}:{self.port}",
@@ -280,10 +281,7 @@ class _Response:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             raise ProtocolError("the connection closed before a response came") from error
-        first, *lines = head.strip().split("\r\n")
-        pairs = (line.partition(":") for line in lines)
-        headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-        return cls(reader, sent, int(first.split()[1]), headers)
+        return cls(reader, sent, *_parse_head(head))
 
     @property
     def content_type(self) -> str:
@@ -312,10 +310,48 @@ class _Response:
                 yield at, piece
 
     def _decoder(self) -> _Chunked | _Sized:
-        if "chunked" in str(self._headers.get("transfer-encoding", "")).lower():
-            return _Chunked()
-        length = self._headers.get("content-length")
-        return _Sized(None if length is None else int(length))
+        return _decoder(self._headers)
+
+
+def _parse_head(head: str) -> tuple[int, Json]:
+    """Status and headers, their names in small letters."""
+    first, *lines = head.strip().split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    return int(first.split()[1]), {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+def _decoder(headers: Json) -> _Chunked | _Sized:
+    if "chunked" in str(headers.get("transfer-encoding", "")).lower():
+        return _Chunked()
+    length = headers.get("content-length")
+    return _Sized(None if length is None else int(length))
+
+
+def parse_stream(sent: float, pieces: Sequence[tuple[float, bytes]]) -> StreamRecord:
+    """The record of one whole response: `pieces` are (clock, bytes) of each read of the socket.
+
+    Raises ServerError for another status than 200, ProtocolError for anything malformed.
+    """
+    raw = b"".join(piece for _, piece in pieces)
+    head, found, _ = raw.partition(b"\r\n\r\n")
+    if not found:
+        raise ProtocolError("the connection closed before a response came")
+    status, headers = _parse_head(head.decode("latin-1"))
+    decoder, frames, skip = _decoder(headers), _Frames(), len(head) + 4
+    record = StreamRecord(sent=sent, content_type=str(headers.get("content-type", "")).split(";")[0].lower())
+    body = []
+    for at, piece in pieces:
+        part, skip = piece[skip:], max(0, skip - len(piece))
+        body.append(decoder.feed(part) if part and not decoder.done else b"")
+        if status == 200:
+            for payload in frames.feed(body[-1]):
+                record.add(at - sent, payload)
+    if not decoder.done:
+        decoder.close()
+    if status != 200:
+        raise ServerError(status, b"".join(body).decode(errors="replace"))
+    frames.close()
+    return record
 
 
 class _Sized:

@@ -1,0 +1,159 @@
+// What every kernel shares: the few instructions CUDA C++ has no word for, and the sums whose order is fixed.
+// README.md beside this file gives the orders. Compiled by NVRTC without any header; `EMULATED` is set where
+// the tests compile the same source for the CPU, which then brings its own versions of the first part.
+#pragma once
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define DEVICE static __device__ __forceinline__
+#define METHOD __device__ __forceinline__
+
+constexpr int SEGMENT = 256;  // inputs of a product that are summed before the next segment begins
+constexpr int GROUP = 32;     // activations that share a scale
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+#ifndef EMULATED
+DEVICE u32 dynamic_shared_size() {
+    u32 size;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(size));
+    return size;
+}
+DEVICE float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+DEVICE u16 float_to_bfloat16(float value) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+// Two numbers as halves of a word: `low` in the low half.
+DEVICE u32 pack_bfloat16(float low, float high) {
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+DEVICE u32 pack_half(float low, float high) {
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+// d = a * b + c for tiles [16, 32] x [32, 8] of int8. Lane l holds of a rows l/4 and l/4 + 8 (a[0], a[2] and
+// a[1], a[3]), of b column l/4, of c and d rows l/4 (0, 1) and l/4 + 8 (2, 3), columns 2 * (l%4) and the next.
+DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, int c) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c));
+}
+// d += a * b for tiles [16, 16] x [16, 8]; words hold two neighbours of k.
+DEVICE void mma_bfloat16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+DEVICE void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8x8 matrices of 16-bit numbers from shared memory, transposed; lane l gives row l%8 of matrix l/8.
+DEVICE void load_transposed(u32 (&r)[4], const void* row) {
+    u32 address = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+// 16 bytes from global to shared memory in the background; zeros where not `wanted`.
+DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {
+    u32 address = (u32)__cvta_generic_to_shared(shared), size = wanted ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(size) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE u32 highest_of_lanes(u32 v) {
+    u32 highest;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(v));
+    return highest;
+}
+// Weights pass through once a step: they must not push out what stays in the cache.
+DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
+DEVICE uint4 load_once(const uint4* p) { return __ldcs(p); }
+#else
+DEVICE u32 highest_of_lanes(u32 v) {
+    for (int offset = 16; offset; offset >>= 1) v = max(v, __shfl_xor_sync(ALL_LANES, v, offset));
+    return v;
+}
+#endif
+
+DEVICE float bfloat16_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
+
+DEVICE float sum_of_lanes(float v) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(ALL_LANES, v, offset);
+    return v;
+}
+DEVICE float max_of_lanes(float v) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, offset));
+    return v;
+}
+
+// A kernel's launch numbers (layer, index in a stack): no operand, which would be one more read to wait for,
+// but the size of the dynamic shared memory beyond FIXED bytes.
+template <int FIXED> DEVICE int launch_number() { return (int)dynamic_shared_size() - FIXED; }
+
+// Each lane's 8 numbers of a segment of 256: the sum of squares, the same in all lanes.
+DEVICE float sum_of_squares(const float (&v)[8]) {
+    float sum = v[0] * v[0];
+#pragma unroll
+    for (int i = 1; i < 8; i++) sum = fmaf(v[i], v[i], sum);
+    return sum_of_lanes(sum);
+}
+
+// Round 32 numbers, 8 in each of 4 neighbouring lanes, to int8: the lane's codes, the scale and the sum of the
+// 32 codes. code = round(v * (127 / max)), half to even; scale = max / 127.
+DEVICE void quantise(const float (&v)[8], uint2& codes, float& scale, int& sum) {
+    float highest = fabsf(v[0]);
+#pragma unroll
+    for (int i = 1; i < 8; i++) highest = fmaxf(highest, fabsf(v[i]));
+    highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 2));
+    float inverse = highest > 0 ? __fdiv_rn(127.f, highest) : 0.f;
+    u32 words[2] = {0, 0};
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int code = __float2int_rn(v[i] * inverse);
+        sum += code;
+        words[i >> 2] |= (u32)(code & 255) << (8 * (i & 3));
+    }
+    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+    scale = highest * (1.f / 127.f);
+    codes = make_uint2(words[0], words[1]);
+}
+
+DEVICE void load8(float (&v)[8], const float* p) {
+    float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+// 1 / rms of a row of WIDTH numbers from the sums of squares of its segments, which are added ascending.
+template <int WIDTH> DEVICE float inverse_rms(const float* segment_sums, float eps) {
+    float sum = segment_sums[0];
+#pragma unroll
+    for (int i = 1; i < WIDTH / SEGMENT; i++) sum += segment_sums[i];
+    return __fdiv_rn(1.f, __fsqrt_rn(sum * (1.f / WIDTH) + eps));
+}

@@ -1,0 +1,322 @@
+"""Products of packed weights with rounded activations: the wrappers of matmul.cu, and their plain twins.
+
+Activations are `codes` int8 [T, K] and `scales` float32 [T, K/32, 2], (scale, scale * sum of the 32 codes).
+With one row the products take the row itself and its norm instead: the kernel norms and rounds on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
+from jax import Array, lax
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.kernels import ptx
+from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.quants import QuantTensor, dequantise, empty
+
+FILE = "matmul.cu"
+SEGMENT = 256
+FEW_ROWS = 64  # up to here all segments of a product are read at once, above it they go through shared memory
+FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
+_MANY_THREADS = 256
+_HALF_ROWS = 64
+_SHARED_OF_TWO_BLOCKS = 113 << 10
+
+Variant = tuple[str, str, dict[str, int | float | str], int]
+
+
+class Rounded(NamedTuple):
+    """Activations rounded to int8 in groups of 32: codes [T, K] and scales [T, K/32, 2]."""
+
+    codes: Array
+    scales: Array
+
+
+class Row(NamedTuple):
+    """One row [1, D] before its norm, norm weights [L, D] and which of them is meant."""
+
+    x: Array
+    norm: Array
+    layer: int
+    eps: float
+
+
+class Groups(NamedTuple):
+    """The pairs (row, expert) by expert: see `router.group`."""
+
+    pairs: Array
+    tiles: Array
+    num_tiles: Array
+
+
+def is_supported(w: QuantTensor) -> bool:
+    """Whether the kernels can read the weight [..., N, K]."""
+    if w.layout != "rows" or w.shape[-1] % SEGMENT or w.shape[-2] % 16:
+        return False
+    if w.d is None:
+        return w.codes.dtype in (jnp.float16, jnp.bfloat16)
+    return w.group == 32 or (w.group == 16 and w.d_m is None and w.s is not None)
+
+
+def tile_length(num_rows: int) -> int:
+    """Pairs of a tile for a step of that many rows."""
+    return FEW_TILE if num_rows <= FEW_ROWS else MANY_TILE
+
+
+def _format(w: QuantTensor) -> str:
+    if w.d is None:
+        half = 1 if w.codes.dtype == jnp.float16 else 2
+        return f"Format<16,1,1,0,false,false,false,false,{half}>"
+    flags = (w.s is not None, w.m is not None, w.d_m is not None, w.d.dtype == jnp.float32)
+    zero = w.zero if w.bits == 4 else 0  # 8-bit codes are stored without it
+    return f"Format<{w.bits},{w.group},{w.block},{zero},{','.join(str(flag).lower() for flag in flags)}>"
+
+
+def _pointers(w: QuantTensor) -> list[Array]:
+    """The arrays in the kernel's order; where one is absent the codes stand in and are not read."""
+    return [w.codes if array is None else array for array in (w.codes, w.s, w.m, w.d, w.d_m)]
+
+
+def _stage_size(weights: Sequence[QuantTensor]) -> int:
+    """Shared memory of the kernel for many rows: two stages of two halves, and the scales."""
+    halves = weights if len(weights) == 2 else [max(weights, key=_code_bits)] * 2
+    codes = sum(_HALF_ROWS * (SEGMENT * _code_bits(w) // 8 + 32) for w in halves)
+    inputs = 64 * (SEGMENT + 32) + 64 * 80
+    return 2 * (codes + inputs) + 2 * _HALF_ROWS * 36 * 4
+
+
+def _code_bits(w: QuantTensor) -> int:
+    return 8 * w.codes.dtype.itemsize if w.d is None else w.bits
+
+
+def _weights(weights: Sequence[QuantTensor]) -> dict[str, int | float | str]:
+    rows = [w.shape[-2] for w in weights] + [0, 0]
+    macros: dict[str, int | float | str] = {f"ROWS_{i}": rows[i] for i in range(3)}
+    macros |= {f"FORMAT_{i}": _format(w) for i, w in enumerate(weights)}
+    return macros | {"K": weights[0].shape[-1], "MATRICES": prod(weights[0].codes.shape[1:-2])}
+
+
+def _many(weights: Sequence[QuantTensor]) -> tuple[dict[str, int | float | str], int]:
+    size = _stage_size(weights)
+    return {
+        "MANY": 1,
+        "BLOCKS_AN_SM": 2 if size <= _SHARED_OF_TWO_BLOCKS else 1,
+        "THREADS": _MANY_THREADS,
+    }, size
+
+
+def _norm(inputs: Rounded | Row) -> dict[str, int | float | str]:
+    return {"NORMS": inputs.norm.shape[0], "EPS": inputs.eps} if isinstance(inputs, Row) else {"NORMS": 1}
+
+
+def _number(inputs: Rounded | Row, index: int) -> int:
+    return index * inputs.norm.shape[0] + inputs.layer if isinstance(inputs, Row) else index
+
+
+def _threads(num_units: int, most: int = 16) -> int:
+    return 32 * min(num_units, most)
+
+
+def dense(
+    name: str,
+    inputs: Rounded | Row,
+    weights: Sequence[QuantTensor],
+    count: Array,
+    *,
+    index: int = 0,
+    residual: Array | None = None,
+) -> Array:
+    """Inputs times the matrices at `index` of one weight or three [n, N, K], side by side -> float32 [T, sum of N].
+
+    `count` int32[1] is the number of real rows. `residual` [T, N] is added to the product.
+    """
+    assert len(weights) in (1, 3)
+    one_row = isinstance(inputs, Row) or inputs.codes.shape[0] == 1
+    num_rows = 1 if isinstance(inputs, Row) else inputs.codes.shape[0]
+    defines = _weights(weights) | _norm(inputs) | {"NAME": name, "DENSE": 1}
+    segments, all_rows = weights[0].shape[-1] // SEGMENT, sum(w.shape[-2] for w in weights)
+    if residual is not None:
+        defines["RESIDUAL"] = 1
+    if num_rows <= FEW_ROWS:
+        columns = 1 if one_row else num_rows
+        size = segments * 16 * (columns + (columns > 1)) * 4
+        defines |= {"FEW": 1, "THREADS": _threads(segments)}
+        defines |= {"ONE_ROW": 1} if one_row else {"COLUMN_TILES": num_rows // 8}
+        defines |= {"ONE_ROW_NORMED": 1} if isinstance(inputs, Row) else {}
+        grid = (all_rows // 16, 1, 1)
+    else:
+        many, size = _many(weights)
+        defines |= many
+        grid = (sum(-(-w.shape[-2] // 128) for w in weights), -(-num_rows // 64), 1)
+    first = [inputs.x, inputs.norm] if isinstance(inputs, Row) else list(inputs)
+    pointers = [array for w in weights for array in _pointers(w)]
+    arrays = [*first, *pointers, *([] if residual is None else [residual]), count]
+    out = jax.ShapeDtypeStruct((num_rows, all_rows), jnp.float32)
+    (result,) = ptx.launch(
+        FILE, name, defines, arrays, [out],
+        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=_number(inputs, index),
+    )  # fmt: skip
+    return result
+
+
+def gate_up(
+    inputs: Rounded | Row,
+    gate: QuantTensor,
+    up: QuantTensor,
+    chosen: Groups | Array,
+    *,
+    experts_per_token: int,
+    index: int = 0,
+) -> Rounded:
+    """silu(gate) * up of each (row, expert) pair, rounded: codes [T*A, F], scales [T*A, F/32, 2].
+
+    Gate and up are [n, E, F, D]. `chosen` are the pairs by expert, or with a `Row` its expert ids [1, A].
+    """
+    width, num_pairs = gate.shape[-2], _num_pairs(inputs, experts_per_token)
+    defines = (
+        _weights([gate, up]) | _norm(inputs) | {"NAME": "gate_up", "GATE_UP": 1, "ACTIVE": experts_per_token}
+    )
+    size = 0
+    if isinstance(inputs, Row):
+        assert isinstance(chosen, Array)
+        defines |= {"FEW": 1, "ONE_ROW": 1, "THREADS": _threads(2 * gate.shape[-1] // SEGMENT)}
+        first = [inputs.x, inputs.norm, chosen]
+        grid = (width // 32, num_pairs, 1)
+    else:
+        assert isinstance(chosen, Groups)
+        defines |= _grouped(inputs)
+        first = [*inputs, *chosen]
+        if inputs.codes.shape[0] <= FEW_ROWS:
+            defines |= {"FEW": 1, "COLUMN_TILES": 1, "THREADS": _threads(2 * gate.shape[-1] // SEGMENT)}
+            grid = (width // 32, chosen.tiles.shape[0], 1)
+        else:
+            many, size = _many([gate, up])
+            defines |= many
+            grid = (width // _HALF_ROWS, chosen.tiles.shape[0], 1)
+    outputs = _rounded_shape(num_pairs, width)
+    codes, scales = ptx.launch(
+        FILE, "gate_up", defines, [*first, *_pointers(gate), *_pointers(up)], outputs,
+        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=_number(inputs, index),
+    )  # fmt: skip
+    return Rounded(codes, scales)
+
+
+def _num_pairs(inputs: Rounded | Row, experts_per_token: int) -> int:
+    return (inputs.x if isinstance(inputs, Row) else inputs.codes).shape[0] * experts_per_token
+
+
+def _grouped(inputs: Rounded) -> dict[str, int | float | str]:
+    return {"GROUPED": 1, "NUM_ROWS": inputs.codes.shape[0]}
+
+
+def _rounded_shape(num_rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
+    return [
+        jax.ShapeDtypeStruct((num_rows, width), jnp.int8),
+        jax.ShapeDtypeStruct((num_rows, width // 32, 2), jnp.float32),
+    ]
+
+
+def down_of_row(
+    hidden: Rounded, w: QuantTensor, ids: Array, weights: Array, residual: Array, *, index: int = 0
+) -> Array:
+    """The residual [1, D] plus the weighted sum of one row's experts: hidden [A, F], ids and weights [1, A]."""
+    active, segments, width = ids.shape[1], w.shape[-1] // SEGMENT, w.shape[-2]
+    defines = _weights([w]) | {
+        "NAME": "down",
+        "DOWN": 1,
+        "FEW": 1,
+        "ONE_ROW": 1,
+        "ACTIVE": active,
+        "NORMS": 1,
+    }
+    threads = _threads(active * segments, most=24)
+    (out,) = ptx.launch(
+        FILE, "down", defines | {"THREADS": threads}, [*hidden, ids, weights, residual, *_pointers(w)],
+        [jax.ShapeDtypeStruct((1, width), jnp.float32)],
+        grid=(width // 16, 1, 1), threads=threads, number=index,
+    )  # fmt: skip
+    return out
+
+
+def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, index: int = 0) -> Array:
+    """Each pair's expert output: hidden [T*A, F] -> float32 [T*A, D]; `num_rows` is T."""
+    num_pairs, segments, width = hidden.codes.shape[0], w.shape[-1] // SEGMENT, w.shape[-2]
+    defines = _weights([w]) | {"NAME": "down", "DOWN": 1, "GROUPED": 1, "NUM_ROWS": num_rows, "NORMS": 1}
+    size = 0
+    if num_rows <= FEW_ROWS:
+        row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
+        threads = _threads(row_tiles * segments)
+        defines |= {"FEW": 1, "COLUMN_TILES": 1, "ROW_TILES": row_tiles, "THREADS": threads}
+        grid = (width // (16 * row_tiles), groups.tiles.shape[0], 1)
+    else:
+        many, size = _many([w])
+        defines |= many
+        grid = (width // 128, groups.tiles.shape[0], 1)
+    (out,) = ptx.launch(
+        FILE, "down", defines, [*hidden, *groups, *_pointers(w)],
+        [jax.ShapeDtypeStruct((num_pairs, width), jnp.float32)],
+        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=index,
+    )  # fmt: skip
+    return out
+
+
+# --- Twins, in plain jax. `float_rows` is what the activations were before they were rounded, or stands in for them.
+
+
+def rounded_values(inputs: Rounded) -> Array:
+    """The activations [T, K] that the codes mean, float32."""
+    codes = inputs.codes.reshape(*inputs.scales.shape[:2], 32).astype(jnp.float32)
+    return (codes * inputs.scales[:, :, :1]).reshape(inputs.codes.shape)
+
+
+def round_rows(x: Array) -> Rounded:
+    """x [T, K] rounded as the kernels do: 127 / max of 32, half to even."""
+    groups = x.reshape(x.shape[0], -1, 32)
+    highest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+    inverse = jnp.where(highest > 0, jnp.float32(127) / highest, jnp.float32(0))
+    codes = jnp.round(groups * inverse)
+    scale = highest[..., 0] * jnp.float32(1 / 127)
+    sums = scale * jnp.sum(codes, axis=-1)
+    return Rounded(codes.astype(jnp.int8).reshape(x.shape), jnp.stack((scale, sums), axis=-1))
+
+
+def matrix(w: QuantTensor, *index: int | Array) -> Array:
+    """The matrix at `index` of a stack, float32 [N, K]."""
+    return dequantise(w.map(lambda array: array[index]), jnp)
+
+
+def product(x: Array, w: Array) -> Array:
+    """x [T, K] times w [N, K] -> [T, N], float32 throughout."""
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def dense_twin(
+    x: Array, weights: Sequence[QuantTensor], *, index: int = 0, residual: Array | None = None
+) -> Array:
+    """`dense` of activations x [T, K]."""
+    y = jnp.concatenate([product(x, matrix(w, index)) for w in weights], axis=1)
+    return y if residual is None else residual + y
+
+
+def gate_up_twin(x: Array, gate: QuantTensor, up: QuantTensor, ids: Array, *, index: int = 0) -> Array:
+    """silu(gate) * up of activations x [T, D] for expert ids [T, A] -> float32 [T*A, F]."""
+
+    def pair(row: Array, expert: Array) -> Array:
+        g, u = (product(row[None], matrix(w, index, expert))[0] for w in (gate, up))
+        return g / (jnp.float32(1) + jnp.exp(-g)) * u
+
+    rows = jnp.repeat(x, ids.shape[1], axis=0)
+    return lax.map(lambda both: pair(*both), (rows, ids.reshape(-1)))
+
+
+def down_twin(hidden: Array, w: QuantTensor, ids: Array, *, index: int = 0) -> Array:
+    """Expert outputs of hidden [T*A, F] for ids [T, A] -> float32 [T*A, D]."""
+    pairs = (hidden, ids.reshape(-1))
+    return lax.map(lambda both: product(both[0][None], matrix(w, index, both[1]))[0], pairs)

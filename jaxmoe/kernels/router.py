@@ -1,0 +1,289 @@
+"""The router: each token's A best experts and their weights; and (token, expert) pairs grouped by expert.
+
+The kernels are in router.cu. `counters` is int32 [4096], zero before and after each kernel; the router uses
+counters[i] for the i-th tile of tokens, grouping uses none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxmoe.config import ModelConfig
+from jaxmoe.kernels import ptx
+from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.kernels.rows import rms_norm
+
+FILE: Final = "router.cu"
+NUM_COUNTERS: Final = 4096
+SEGMENT: Final = 256
+MAX_EXPERTS: Final = 256
+MAX_EXPERTS_PER_TOKEN: Final = 16
+_ROW_WARPS: Final = 4
+# Shared memory of a block, in rows of a segment: the smallest GPU in use has 99 KiB, and the launch number
+# takes some of it.
+_STAGED_ROWS: Final = 84
+_VARIANTS: Final = (1, 4, 16, 64, 512)
+_COMPARED_ROWS: Final = (1, 3, 13, 64, 300)
+_COMPARED_TILES: Final = (8, 32, 64)
+
+Defines = dict[str, int | float | str]
+Variant = tuple[str, str, Defines, int]
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How route_rows cuts its work: experts and tokens of a warp, and warps of a block along both."""
+
+    experts: int
+    tokens: int
+    expert_warps: int
+    token_warps: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts * self.expert_warps
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens * self.token_warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.expert_warps * self.token_warps
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in shared memory: weights, tokens, and the norm's weight."""
+        return self.num_experts + self.num_tokens + 1
+
+
+def _blocks(rows: int) -> _Blocks:
+    if rows > 128:
+        return _Blocks(8, 4, 2, 4)
+    if rows > 32:
+        return _Blocks(4, 4, 2, 4)
+    # few tokens: many small blocks, or the weights would come through too few multiprocessors
+    return _Blocks(4, 4, 1, min(4, -(-rows // 4)))
+
+
+def route(
+    x: Array,
+    norm: Array,
+    w: Array,
+    count: Array,
+    counters: Array,
+    *,
+    config: ModelConfig,
+    layer: int,
+    index: int,
+) -> tuple[Array, Array, Array]:
+    """The A best experts of the first `count` rows and their weights -> ids int32, weights [T, A], counters.
+
+    x [T, D], norm [L, D] (of which `layer` is used), w [n, E, D] (of which `index` is used), all float32;
+    count int32 [1]. Ties go to the lower id. Rows from `count` on are left as they are found.
+    """
+    rows = x.shape[0]
+    name, defines, grid, threads, shared_size = _route_launch(rows, norm.shape[0], config)
+    shapes = (
+        jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.int32),
+        jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.float32),
+        jax.ShapeDtypeStruct(counters.shape, jnp.int32),
+        jax.ShapeDtypeStruct((rows, config.num_experts + 1), jnp.float32),
+    )
+    ids, weights, counters, _ = ptx.launch(
+        FILE,
+        name,
+        defines,
+        (x, norm, w, count, counters),
+        shapes,
+        grid=grid,
+        threads=threads,
+        shared_size=shared_size,
+        number=index * norm.shape[0] + layer,
+        aliases={4: 2},
+    )
+    return ids, weights, counters
+
+
+def _route_launch(
+    rows: int, num_norms: int, config: ModelConfig
+) -> tuple[str, Defines, tuple[int, int, int], int, int]:
+    """Name, macros, grid, threads and shared size of the router's kernel for this many rows."""
+    assert config.d_model % SEGMENT == 0, f"rows of {config.d_model} columns are no whole segments"
+    _check_experts(config)
+    defines: Defines = {
+        "D": config.d_model,
+        "E": config.num_experts,
+        "A": config.experts_per_token,
+        "NORMS": num_norms,
+        "EPS": float(config.norm_eps),
+    }
+    if rows == 1:
+        return "route_row", defines | {"ROUTE_ROW": 1}, (-(-config.num_experts // _ROW_WARPS), 1, 1), 128, 0
+    blocks = _blocks(rows)
+    stages = max(2, min(config.d_model // SEGMENT, _STAGED_ROWS // blocks.num_rows))
+    names = ("NE", "NT", "WE", "WT")
+    sizes = (blocks.experts, blocks.tokens, blocks.expert_warps, blocks.token_warps)
+    defines |= {"ROUTE_ROWS": 1, "ROWS": rows, "STAGES": stages, **dict(zip(names, sizes, strict=True))}
+    grid = (-(-config.num_experts // blocks.num_experts), -(-rows // blocks.num_tokens), 1)
+    assert grid[1] <= NUM_COUNTERS, f"{rows} rows are more than the router takes"
+    return "route_rows", defines, grid, blocks.threads, stages * blocks.num_rows * SEGMENT * 4
+
+
+def _check_experts(config: ModelConfig) -> None:
+    experts, per_token = config.num_experts, config.experts_per_token
+    assert experts <= MAX_EXPERTS, f"the router takes {MAX_EXPERTS} experts, not {experts}"
+    assert per_token <= MAX_EXPERTS_PER_TOKEN, f"the router chooses {MAX_EXPERTS_PER_TOKEN}, not {per_token}"
+
+
+def max_tiles(rows: int, config: ModelConfig, tile: int) -> int:
+    """How many tiles of `tile` pairs the pairs of so many rows can need."""
+    num_pairs = rows * config.experts_per_token
+    return min(num_pairs, config.num_experts) + num_pairs // tile + 1
+
+
+def group(
+    ids: Array, count: Array, counters: Array, *, config: ModelConfig, tile: int
+) -> tuple[Array, Array, Array, Array]:
+    """Pairs p = t*A + j of the first `count` rows of ids int32 [T, A], sorted by expert and cut into tiles.
+
+    -> pairs int32 [E, T] (each expert's, ascending), tiles int32 [max_tiles, 4] (expert, first place in its
+    pairs, number of pairs, 0; experts and places ascending), number of tiles int32 [1], counters. What lies
+    past the pairs and past the tiles is left as it is found.
+    """
+    rows = ids.shape[0]
+    shapes = ((config.num_experts, rows), (max_tiles(rows, config, tile), 4), (1,))
+    pairs, tiles, num_tiles = ptx.launch(
+        FILE,
+        "group",
+        _group_defines(rows, config, tile),
+        (ids, count),
+        tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
+        grid=(config.num_experts, 1, 1),
+        threads=256,
+    )
+    return pairs, tiles, num_tiles, counters
+
+
+def _group_defines(rows: int, config: ModelConfig, tile: int) -> Defines:
+    _check_experts(config)
+    return {"E": config.num_experts, "A": config.experts_per_token, "ROWS": rows, "TILE": tile}
+
+
+def route_logits(logits: Array, experts_per_token: int) -> tuple[Array, Array]:
+    """Softmax over all experts, the A largest, renormalised, in plain jax."""
+    weights, ids = lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)
+    return ids.astype(jnp.int32), weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def route_twin(
+    x: Array,
+    norm: Array,
+    w: Array,
+    count: Array,
+    counters: Array,
+    *,
+    config: ModelConfig,
+    layer: int,
+    index: int,
+) -> tuple[Array, Array, Array]:
+    """What route gives, of all rows, in plain jnp."""
+    inputs = rms_norm(x, norm[layer], config.norm_eps)
+    logits = jnp.matmul(inputs, w[index].T, precision=jax.lax.Precision.HIGHEST)
+    return (*route_logits(logits, config.experts_per_token), counters)
+
+
+def group_twin(
+    ids: Array, count: Array, counters: Array, *, config: ModelConfig, tile: int
+) -> tuple[Array, Array, Array, Array]:
+    """What group gives, with zeros where that writes nothing, in plain jnp."""
+    rows, per_token = ids.shape
+    experts = jnp.arange(config.num_experts, dtype=jnp.int32)
+    numbers = jnp.arange(rows * per_token, dtype=jnp.int32)
+    mine = (ids.reshape(1, -1) == experts[:, None]) & (numbers < count[0] * per_token)[None]
+    places = jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, rows)
+    pairs = jnp.zeros((config.num_experts, rows), jnp.int32)
+    pairs = pairs.at[experts[:, None], places].set(numbers[None], mode="drop")
+    sizes = jnp.sum(mine, axis=1, dtype=jnp.int32)
+    ends = jnp.cumsum((sizes + (tile - 1)) // tile)
+    number = jnp.arange(max_tiles(rows, config, tile), dtype=jnp.int32)
+    expert = jnp.minimum(
+        jnp.searchsorted(ends, number, side="right").astype(jnp.int32), config.num_experts - 1
+    )
+    first = (number - (ends - (sizes + (tile - 1)) // tile)[expert]) * tile
+    columns = (expert, first, jnp.minimum(sizes[expert] - first, tile), jnp.zeros_like(first))
+    tiles = jnp.where(number[:, None] < ends[-1], jnp.stack(columns, axis=1), 0)
+    return pairs, tiles, ends[-1:], counters
+
+
+def variants(config: ModelConfig) -> Iterator[Variant]:
+    """The kernels of a model, for compiling without a GPU: (file, name, macros, shared size)."""
+    for rows in _VARIANTS:
+        name, defines, _, _, shared_size = _route_launch(rows, config.num_layers, config)
+        yield FILE, name, defines, shared_size
+    for rows, tile in ((1, 8), (64, 8), (64, 32), (2048, 64)):
+        yield FILE, "group", _group_defines(rows, config, tile), 0
+
+
+def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
+    """The router on random rows, and the grouping of random ids, for one row, few and many."""
+    rng = np.random.default_rng(seed)
+    for rows in _COMPARED_ROWS:
+        yield _route_comparison(config, rng, rows)
+    for rows, tile in zip((3, 64, 2048), _COMPARED_TILES, strict=True):
+        yield _group_comparison(config, rng, rows, tile)
+
+
+def _route_comparison(config: ModelConfig, rng: np.random.Generator, rows: int) -> Comparison:
+    layer, index = config.num_layers - 1, 1
+
+    def kernel(*arrays: Array) -> tuple[Array, ...]:
+        return route(*arrays, config=config, layer=layer, index=index)
+
+    def twin(*arrays: Array) -> tuple[Array, ...]:
+        return route_twin(*arrays, config=config, layer=layer, index=index)
+
+    def random(*shape: int) -> Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    x, w = random(rows, config.d_model), random(2, config.num_experts, config.d_model)
+    norm = random(config.num_layers, config.d_model)
+    scaled = w * jnp.float32(config.d_model**-0.5)
+    return Comparison(f"route, {rows} rows", kernel, twin, None, (x, norm, scaled, _count(rows), _counters()))
+
+
+def _group_comparison(config: ModelConfig, rng: np.random.Generator, rows: int, tile: int) -> Comparison:
+    def kernel(*arrays: Array) -> tuple[Array, ...]:
+        return _written(*group(*arrays, config=config, tile=tile))
+
+    def twin(*arrays: Array) -> tuple[Array, ...]:
+        return _written(*group_twin(*arrays, config=config, tile=tile))
+
+    order = rng.random((rows, config.num_experts)).argsort(axis=1)
+    ids = jnp.asarray(order[:, : config.experts_per_token], jnp.int32)
+    arrays = (ids, _count(rows - rows // 3), _counters())
+    return Comparison(f"group, {rows} rows, tiles of {tile}", kernel, twin, None, arrays, exact=True)
+
+
+def _written(pairs: Array, tiles: Array, num_tiles: Array, counters: Array) -> tuple[Array, ...]:
+    """The results with zeros where the kernel writes nothing."""
+    is_tile = jnp.arange(tiles.shape[0], dtype=jnp.int32)[:, None] < num_tiles[0]
+    tiles = jnp.where(is_tile, tiles, 0)
+    sizes = jnp.zeros(pairs.shape[0], jnp.int32).at[tiles[:, 0]].add(tiles[:, 2])
+    is_pair = jnp.arange(pairs.shape[1], dtype=jnp.int32)[None] < sizes[:, None]
+    return jnp.where(is_pair, pairs, 0), tiles, num_tiles, counters
+
+
+def _count(rows: int) -> Array:
+    return jnp.asarray([rows], jnp.int32)
+
+
+def _counters() -> Array:
+    return jnp.zeros(NUM_COUNTERS, jnp.int32)

@@ -1,0 +1,247 @@
+"""The emulator: what it computes, and that it sees the mistakes it is there to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import EmulatorError, emulated_launch, unavailable
+from jax import Array
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+Run = Callable[..., np.ndarray]
+
+SOURCE = """
+#include "common.cuh"
+#ifndef MMA
+#define MMA mma_half
+#endif
+#ifndef WAIT
+#define WAIT 1
+#endif
+KERNEL(256, 1) sums(const float* x, float* out) {
+    __shared__ float parts[8];
+    if (blockIdx.x == 1 && threadIdx.x >= 64) return;
+    float sum = sum_of_lanes(x[blockIdx.x * 256 + threadIdx.x]);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x) return;
+    float total = launch_number<SHARED_SIZE>();
+    for (int i = 0; i < (blockIdx.x == 1 ? 2 : 8); i++) total += parts[i];
+    out[blockIdx.x] = total;
+}
+KERNEL(32, 1) shuffles(const int* x, int* out) {
+    int lane = threadIdx.x, v = x[lane];
+    out[lane] = __shfl_sync(ALL_LANES, v, 5);
+    out[32 + lane] = __shfl_up_sync(ALL_LANES, v, 3);
+    out[64 + lane] = __shfl_down_sync(ALL_LANES, v, 3);
+    out[96 + lane] = __shfl_xor_sync(ALL_LANES, v, 9);
+    out[128 + lane] = (int)__ballot_sync(ALL_LANES, v % 3 == 0);
+    out[160 + lane] = __shfl_sync(ALL_LANES, v, 2, 8);
+}
+KERNEL(32, 1) int8_tile(const u32* a, const u32* b, int* out) {
+    int row = threadIdx.x / 4, word = threadIdx.x % 4, d[4];
+    mma_int8(d, a[row * 8 + word], a[(row + 8) * 8 + word],
+             a[row * 8 + word + 4], a[(row + 8) * 8 + word + 4], b[row * 8 + word], b[row * 8 + word + 4], 7);
+    for (int i = 0; i < 4; i++) out[(row + i / 2 * 8) * 8 + word * 2 + i % 2] = d[i];
+}
+KERNEL(32, 1) float_tile(const u32* a, const u32* b, float* out) {
+    int row = threadIdx.x / 4, word = threadIdx.x % 4;
+    float d[4] = {1, 1, 1, 1};
+    MMA(d, a[row * 8 + word], a[(row + 8) * 8 + word], a[row * 8 + word + 4], a[(row + 8) * 8 + word + 4],
+        b[row * 8 + word], b[row * 8 + word + 4]);
+    for (int i = 0; i < 4; i++) out[(row + i / 2 * 8) * 8 + word * 2 + i % 2] = d[i];
+}
+KERNEL(32, 1) transposed(const uint4* x, u32* out) {
+    extern __shared__ __align__(16) u8 shared[];
+    copy_async(shared + threadIdx.x * 16, x + threadIdx.x);
+    commit_copies();
+#if WAIT
+    wait_copies<0>();
+#endif
+    __syncwarp();
+    u32 r[4];
+    load_transposed(r, shared + threadIdx.x * 16);
+    for (int i = 0; i < 4; i++) out[i * 32 + threadIdx.x] = r[i];
+}
+KERNEL(64, 1) two_groups(const uint4* x, uint4* out) {
+    __shared__ uint4 first, second;
+    if (threadIdx.x) return;
+    copy_async(&first, x), commit_copies();
+    copy_async(&second, x + 1, false), commit_copies();
+    wait_copies<1>();
+    out[0] = first;
+    out[1] = second;
+    wait_copies<0>();
+    out[2] = second;
+}
+KERNEL(64, 1) mistake(const int* x, int* out) {
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ int words[64];
+    int i = threadIdx.x, kind = launch_number<SHARED_SIZE>();
+    if (kind == 0 && i < 32) __syncthreads();
+    if (kind == 0 && i >= 32 && i < 40) sum_of_lanes(1.f);
+    if (kind == 1) out[i + 2] = 1;
+    if (kind == 2) out[i] = x[i + 64];
+    if (kind == 3) ((int*)x)[i] = 1;
+    if (kind == 4) out[i] = ((const int4*)(x + 1))->x;
+    if (kind == 5) words[i + x[0] + 1] = 1;
+    if (kind == 6) words[i] = i, out[i] = words[i ^ 1];
+    if (kind == 7 && i == 0) out[0] = blockIdx.x;
+    if (kind == 8) shared[i] = 1;
+    if (kind == 9) out[i] = words[i];
+    if (kind == 10 && i == 0) __syncwarp();
+    if (kind == 10 && i) sum_of_lanes(1.f);
+    if (kind == 11) words[i] = 1 << (x[i] + 32);
+    if (kind == 12) copy_async(shared + 8, x);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run kernel `name` of SOURCE on arrays, for one output of this shape and type."""
+    path = tmp_path_factory.mktemp("kernels") / "emulated.cu"
+    path.write_text(SOURCE)
+
+    def launch(
+        name: str, shape: tuple[int, ...], dtype: object, *arrays: np.ndarray, **options: object
+    ) -> np.ndarray:
+        given: dict[str, Any] = {"defines": {}, "grid": (1, 1, 1), "threads": 32} | options
+        inputs = [jnp.asarray(array) for array in arrays]
+        (out,) = emulated_launch(
+            str(path), name, arrays=inputs, outputs=[jax.ShapeDtypeStruct(shape, dtype)], **given
+        )
+        return np.asarray(out)
+
+    return launch
+
+
+def test_blocks_sum_with_barriers_and_threads_that_returned(run: Run) -> None:
+    x = np.arange(768, dtype=np.float32).reshape(3, 256)
+    expected = [x[0].sum() + 5, x[1, :64].sum() + 5, x[2].sum() + 5]
+    assert run("sums", (3,), jnp.float32, x, grid=(3, 1, 1), threads=256, number=5).tolist() == expected
+
+
+def test_runs_inside_jit(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "emulated.cu"
+    path.write_text(SOURCE)
+    output = [jax.ShapeDtypeStruct((1,), jnp.float32)]
+
+    @jax.jit
+    def twice(x: Array) -> Array:
+        return 2 * emulated_launch(str(path), "sums", {}, [x + 1], output, grid=(1, 1, 1), threads=256)[0]
+
+    assert twice(jnp.zeros(256, jnp.float32)).tolist() == [512]
+
+
+def test_lanes_exchange(run: Run) -> None:
+    x = np.arange(32, dtype=np.int32) * 7 + 1
+    lane = np.arange(32)
+    mask = int(sum(1 << i for i in range(32) if x[i] % 3 == 0))
+    expected = [
+        x[[5] * 32],
+        np.where(lane < 3, x, np.roll(x, 3)),
+        np.where(lane > 28, x, np.roll(x, -3)),
+        x[lane ^ 9],
+        np.full(32, np.uint32(mask).astype(np.int32)),
+        x[lane // 8 * 8 + 2],
+    ]
+    assert (run("shuffles", (6, 32), jnp.int32, x) == np.stack(expected)).all()
+
+
+def test_int8_tile_is_a_product(run: Run) -> None:
+    draw = np.random.default_rng(0)
+    a, b = (draw.integers(-128, 128, (rows, 32), dtype=np.int8) for rows in (16, 8))
+    found = run("int8_tile", (16, 8), jnp.int32, a.view(np.uint32), b.view(np.uint32))
+    assert (found == a.astype(np.int32) @ b.astype(np.int32).T + 7).all()
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("mma_bfloat16", ml_dtypes.bfloat16), ("mma_half", np.float16)])
+def test_float_tile_is_a_product(run: Run, word: str, dtype: type) -> None:
+    draw = np.random.default_rng(0)
+    a: np.ndarray = draw.standard_normal((16, 16)).astype(dtype)
+    b: np.ndarray = draw.standard_normal((8, 16)).astype(dtype)
+    found = run(
+        "float_tile", (16, 8), jnp.float32, a.view(np.uint32), b.view(np.uint32), defines={"MMA": word}
+    )
+    expected = a.astype(np.float64) @ b.astype(np.float64).T + 1
+    np.testing.assert_allclose(found, expected.astype(np.float32), rtol=2e-7, atol=1e-7)
+
+
+def test_transposed_tiles(run: Run) -> None:
+    x = np.arange(4 * 8 * 8, dtype=np.uint16).reshape(4, 8, 8)
+    words = x.view(np.uint32).reshape(32, 4)
+    found = run("transposed", (4, 32), jnp.uint32, words, defines={"WAIT": 1}, shared_size=512)
+    assert (found.view(np.uint16).reshape(4, 8, 8) == x.transpose(0, 2, 1)).all()
+
+
+def test_copy_without_wait_is_seen(run: Run) -> None:
+    words = np.zeros((32, 4), np.uint32)
+    found = run("transposed", (4, 32), jnp.uint32, words, defines={"WAIT": 0}, shared_size=512)
+    assert (found == 0xFFFFFFFF).all()
+
+
+def test_waits_count_groups_of_copies(run: Run) -> None:
+    x = np.arange(8, dtype=np.uint32)
+    found = run("two_groups", (3, 4), jnp.uint32, x)
+    assert found.tolist() == [[0, 1, 2, 3], [0xFFFFFFFF] * 4, [0] * 4]
+
+
+MISTAKES = {
+    0: r"deadlock in block \(0, 0, 0\): 32 threads wait at __syncthreads in emulated.cu:\d+ "
+    r"\(the first is thread 0\); 8 threads wait at a shuffle in common.cuh:\d+ .*; 24 threads returned",
+    1: r"something was written at byte 260 of output 0 \(260 bytes\)",
+    2: r"thread 0 of block .* reads byte 256 of input 0 \(256 bytes\) at .*emulated.cu:\d+",
+    3: r"thread 0 of block .* writes byte 0 of input 0",
+    4: r"emulated.cu:\d+: an access through 0x\w+, which is not a multiple of 16",
+    5: r"thread 63 .* emulated.cu:\d+: index 64 is outside",
+    6: r"output 0 depends on the order",
+    7: r"output 0 depends on the order",
+    8: r"block \(0, 0, 0\) wrote byte 32 of its 32 bytes of dynamic shared memory",
+    10: r"thread 1 .* is at a shuffle in common.cuh:\d+ while other lanes of its warp wait at __syncwarp",
+    11: r"emulated.cu:\d+: a shift by 32",
+    12: r"copy_async in emulated.cu:\d+ must write 16 aligned bytes of shared memory",
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistake_is_reported(run: Run, kind: int) -> None:
+    options = {"grid": (2, 1, 1), "threads": 64, "shared_size": 32, "number": kind}
+    with pytest.raises(EmulatorError, match=MISTAKES[kind]):
+        run("mistake", (65,), jnp.int32, np.zeros(64, np.int32), **options)
+
+
+def test_memory_that_nobody_wrote_is_poison(run: Run) -> None:
+    found = run("mistake", (65,), jnp.int32, np.zeros(64, np.int32), threads=64, shared_size=32, number=9)
+    assert (found == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 512}, "512 threads a block, but the kernel's bound is 256"),
+        ({"threads": 256, "shared_size": 300_000}, "bytes of dynamic shared memory"),
+        ({"threads": 256, "grid": (1, 70_000, 1)}, "a grid of"),
+    ],
+)
+def test_impossible_launch_is_refused(run: Run, options: dict[str, object], message: str) -> None:
+    with pytest.raises(EmulatorError, match=message):
+        run("sums", (1,), jnp.float32, np.zeros(256, np.float32), **options)
+
+
+def test_number_of_arrays_must_fit(run: Run) -> None:
+    with pytest.raises(EmulatorError, match="3 arrays, but the kernel has 2 parameters"):
+        run("sums", (1,), jnp.float32, np.zeros(256, np.float32), np.zeros(1, np.float32), threads=256)
+
+
+def test_source_that_does_not_compile_is_reported(run: Run) -> None:
+    with pytest.raises(EmulatorError, match="nowhere"):
+        run("nowhere", (1,), jnp.float32)

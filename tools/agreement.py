@@ -1,0 +1,322 @@
+"""Whether whole models agree: kernels with their twins, and a stream with itself in other company.
+
+A path is a model as a function from ids [T] to the logits after each of them, [T, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any, cast
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import jaxmoe.model as decoder
+from jaxmoe import attention, moe
+from jaxmoe.attention import SEGMENT_LENGTH, Attention, PrefillPlaces, Rows, query_tile
+from jaxmoe.cache import KVCache
+from jaxmoe.config import EngineConfig, ModelConfig
+from jaxmoe.kernels import attention as kernel_attention
+from jaxmoe.kernels import matmul as kernel_matmul
+from jaxmoe.kernels.router import NUM_COUNTERS
+from jaxmoe.layers import matmul
+from jaxmoe.model import Decoder
+from jaxmoe.moe import MoE
+from jaxmoe.step import Steps
+from tools.player import Player, make_steps, open_model, random_ids
+
+Path = Callable[[Sequence[int]], np.ndarray]
+
+SAME_AS_TWIN = 0.995  # share of positions with the rounded twin's greedy id
+MEAN_KL = 0.005  # nats
+CLEAR_MARGIN = 0.5  # of the first over the second logit: there the float path's id must come out
+_ROWS = 64  # positions compared at a time
+_PAGE_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one path's logits agree with its rounded twin's and with the float path's.
+
+    `same_as_twin` is a share of `positions`; `mean_kl` is KL(float || path) in nats; of the `clear`
+    positions, where the float path's best logit leads by more than CLEAR_MARGIN, `clear_missed` have
+    another greedy id.
+    """
+
+    positions: int
+    same_as_twin: float
+    mean_kl: float
+    clear: int
+    clear_missed: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether all three bounds hold; NaN passes nothing."""
+        return self.same_as_twin >= SAME_AS_TWIN and self.mean_kl <= MEAN_KL and self.clear_missed == 0
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The same model three times: through kernels, through their rounded twins, and in float."""
+
+    kernel: Path
+    rounded: Path
+    plain: Path
+
+
+def whole_model(paths: Paths, prompts: Iterable[Sequence[int]]) -> Agreement:
+    """Compare the paths at every position of the prompts."""
+    same, kl, clear, missed = [], [], [], []
+    for prompt in prompts:
+        kernel, rounded, plain = (path(prompt) for path in (paths.kernel, paths.rounded, paths.plain))
+        for start in range(0, len(prompt), _ROWS):
+            rows = slice(start, start + _ROWS)
+            ids, lead = kernel[rows].argmax(axis=-1), margin(plain[rows])
+            same.append(ids == rounded[rows].argmax(axis=-1))
+            kl.append(divergence(plain[rows], kernel[rows]))
+            clear.append(lead > CLEAR_MARGIN)
+            missed.append((lead > CLEAR_MARGIN) & (ids != plain[rows].argmax(axis=-1)))
+    joined = [np.concatenate(one) for one in (same, kl, clear, missed)]
+    return Agreement(
+        positions=len(joined[0]),
+        same_as_twin=float(joined[0].mean()),
+        mean_kl=float(joined[1].mean()),
+        clear=int(joined[2].sum()),
+        clear_missed=int(joined[3].sum()),
+    )
+
+
+def margin(logits: np.ndarray) -> np.ndarray:
+    """By how much the best logit of each row leads the second, [T]."""
+    best = np.partition(logits, -2, axis=-1)[:, -2:]
+    return best[:, 1] - best[:, 0]
+
+
+def divergence(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """KL(expected || found) of each row of logits, in nats, [T]."""
+    p, q = _log_shares(expected), _log_shares(found)
+    return (np.exp(p) * (p - q)).sum(axis=-1)
+
+
+def _log_shares(logits: np.ndarray) -> np.ndarray:
+    centred = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return centred - np.log(np.exp(centred).sum(axis=-1, keepdims=True))
+
+
+Call = Callable[["Decoder", Any, KVCache, Any, Any], tuple[Any, KVCache]]
+
+
+def plain_call(
+    model: Decoder, token_ids: Array, cache: KVCache, where: Array, tables: Array
+) -> tuple[Array, KVCache]:
+    """Logits [T, V] of a chunk in float, and the cache; `where` and `tables` as for `PrefillPlaces`."""
+    rows = _rows(model.config, cache, token_ids.shape[0], where, tables)
+    hidden, cache = model(token_ids, cache, rows)
+    return model.logits(hidden, rows.num_rows), cache
+
+
+def kernel_call(
+    model: Decoder, token_ids: Array, cache: KVCache, where: Array, tables: Array
+) -> tuple[Array, KVCache]:
+    """`plain_call` by the kernels."""
+    places = PrefillPlaces(where, tables)
+    counters = jnp.zeros(NUM_COUNTERS, jnp.int32)
+    hidden, inputs, cache, _ = model.with_kernels(token_ids, cache, places, counters)
+    return model.logits_with_kernels(hidden, inputs, places.count), cache
+
+
+def rounded_call(
+    model: Decoder, token_ids: Array, cache: KVCache, where: Array, tables: Array
+) -> tuple[Array, KVCache]:
+    """`plain_call` with every input of a product rounded as the kernels round it, sums in any order."""
+
+    def attend(q: Array, cache: KVCache, rows: Any, layer: Array) -> Array:
+        q = q.astype(jnp.bfloat16).astype(jnp.float32)
+        mixed = kernel_attention.prefill_twin(
+            q, where, tables, cache.keys, cache.values, config=model.config, layer=cast(int, layer)
+        )
+        return mixed.reshape(q.shape)
+
+    gate_up, project, swiglu = MoE._gate_up, Attention._project, moe.swiglu
+    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (attention, "attend", attend),
+        (Attention, "_project", lambda self, x, *rest: project(self, _rounded(x), *rest)),
+        (MoE, "_gate_up", lambda self, x, *rest: gate_up(self, _rounded(x), *rest)),
+        (moe, "swiglu", lambda gate, up: _rounded(swiglu(gate, up))),
+        (decoder, "matmul", lambda x, *rest: matmul(_rounded(x), *rest)),
+    )
+    with ExitStack() as stack:
+        for owner, name, stand_in in stand_ins:
+            stack.enter_context(patch.object(owner, name, stand_in))
+        return plain_call(model, token_ids, cache, where, tables)
+
+
+def _rounded(x: Array) -> Array:
+    return kernel_matmul.rounded_values(kernel_matmul.round_rows(x))
+
+
+class Forward:
+    """A path through `call`: ids [T] in chunks of `chunk` tokens, in a cache of their own of `dtype`."""
+
+    def __init__(
+        self, model: Decoder, config: ModelConfig, call: Call, *, length: int, chunk: int, dtype: str
+    ) -> None:
+        graph, state = nnx.split(model)
+        num_pages = -(-length // SEGMENT_LENGTH) * (SEGMENT_LENGTH // _PAGE_LENGTH)
+        tables = np.arange(num_pages, dtype=np.int32)[None]
+
+        def run(leaves: Any, cache: KVCache, token_ids: Array, where: Array) -> tuple[Array, KVCache]:
+            return call(nnx.merge(graph, leaves), token_ids, cache, where, jnp.asarray(tables))
+
+        self.chunk = chunk
+        self._run = partial(jax.jit(run, donate_argnums=1), state)
+        self._empty = partial(KVCache.empty, config, num_pages, _PAGE_LENGTH, dtype)
+
+    def __call__(self, token_ids: Sequence[int]) -> np.ndarray:
+        cache, found = self._empty(), []
+        for start in range(0, len(token_ids), self.chunk):
+            count = min(self.chunk, len(token_ids) - start)
+            padded = np.zeros(self.chunk, np.int32)
+            padded[:count] = token_ids[start : start + count]
+            is_last = start + count == len(token_ids)
+            logits, cache = self._run(cache, padded, np.array([0, start, count, is_last], np.int32))
+            found.append(np.asarray(logits)[:count])
+        return np.concatenate(found)
+
+
+def _rows(config: ModelConfig, cache: KVCache, chunk: int, where: Array, tables: Array) -> Rows:
+    """A chunk's rows as the plain path wants them."""
+    start, count = where[1], where[2]
+    index, tile = jnp.arange(chunk, dtype=jnp.int32), query_tile(config)
+    members = jnp.where(index < count, index, chunk).reshape(-1, tile)
+    positions = start + index
+    pages = tables[0].at[positions // cache.page_length].get(mode="clip")
+    return Rows(
+        num_rows=count,
+        positions=positions,
+        pages=jnp.where(index < count, pages, cache.num_pages),
+        offsets=positions % cache.page_length,
+        tile_rows=members,
+        tile_tables=jnp.zeros(len(members), jnp.int32),
+        num_tiles=(count + tile - 1) // tile,
+        page_tables=tables,
+    )
+
+
+def open_paths(path: FilePath, length: int) -> tuple[Paths, int]:
+    """The three paths of a file for prompts of up to `length` tokens, and its vocabulary's size."""
+    model, config = open_model(path, length)
+    made = partial(Forward, model, config, length=length, chunk=256)
+    return Paths(
+        kernel=made(kernel_call, dtype="bfloat16"),
+        rounded=made(rounded_call, dtype="bfloat16"),
+        plain=made(plain_call, dtype="float32"),
+    ), config.vocab_size
+
+
+# --- Batch invariance.
+
+
+@dataclass(frozen=True)
+class Company:
+    """What batch invariance is tried with, counted in tokens and slots."""
+
+    new_tokens: int = 256
+    long_prompt: int = 2300
+    short_prompt: int = 300
+    batches: tuple[int, ...] = (1, 8, 64)
+    chunks: tuple[int, ...] = (2048, 256)
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """One way of running streams against the first way: how many were compared, and which differed."""
+
+    name: str
+    streams: int
+    other_ids: tuple[int, ...]
+    other_pages: tuple[int, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.streams > 0 and not self.other_ids and not self.other_pages
+
+
+Streams = dict[int, tuple[list[int], str]]
+
+
+def batch_invariance(
+    model: Decoder, config: ModelConfig, seed: int, company: Company | None = None
+) -> list[Invariance]:
+    """Greedy ids and page bytes of the same prompts, in every batch and chunk size of `company`.
+
+    Stream 0 has the long prompt. The first batch size and the first chunk are what the others are held to;
+    last, prefill of prompt and answer together is held to prefill and decode.
+    """
+    company = company or Company()
+    prompts = _prompts(company, config.vocab_size, seed)
+    wide, *others = company.chunks
+    found, results = {}, []
+    steps = _steps(model, config, company, wide)
+    for batch in company.batches:
+        found[batch] = _play(steps, prompts[:batch], company)
+        if batch != company.batches[0]:
+            smaller = {slot: one for size in found if size < batch for slot, one in found[size].items()}
+            results.append(_compared(f"batch {batch}", smaller, found[batch]))
+    alone = found[company.batches[0]]
+    results.append(_refilled(steps, prompts[0], alone[0]))
+    for chunk in others:
+        del steps  # two caches need not fit
+        steps = _steps(model, config, company, chunk)
+        again = _play(steps, prompts[: company.batches[0]], company)
+        results.append(_compared(f"prefill in chunks of {chunk}", alone, again))
+    return results
+
+
+def _prompts(company: Company, vocab_size: int, seed: int) -> list[tuple[int, ...]]:
+    lengths = np.random.default_rng(seed).integers(
+        company.short_prompt // 4 + 1, company.short_prompt + 1, company.batches[-1]
+    )
+    lengths[0] = company.long_prompt
+    return [random_ids(int(length), vocab_size, (seed, i)) for i, length in enumerate(lengths)]
+
+
+def _steps(model: Decoder, config: ModelConfig, company: Company, chunk: int) -> Steps:
+    most = company.long_prompt + company.new_tokens
+    asked = EngineConfig(num_slots=company.batches[-1], context_length=most, prefill_chunk=chunk)
+    per_slot = -(-(company.short_prompt + company.new_tokens) // asked.page_length)
+    num_pages = -(-most // asked.page_length) + company.batches[-1] * per_slot
+    return make_steps(model, config, asked, num_pages=num_pages)
+
+
+def _play(steps: Steps, prompts: Sequence[Sequence[int]], company: Company) -> Streams:
+    player = Player(steps)
+    ids = player.generate(dict(enumerate(prompts)), company.new_tokens)
+    read = range(min(len(prompts), company.batches[min(1, len(company.batches) - 1)]))
+    return {slot: (ids[slot], player.page_digest(slot)) for slot in read}
+
+
+def _refilled(steps: Steps, prompt: Sequence[int], alone: tuple[list[int], str]) -> Invariance:
+    """Prefill of the prompt and all of its answer but the last id, against prefill and decode."""
+    ids, _ = alone
+    player = Player(steps)
+    last = player.start(0, (*prompt, *ids[:-1]))
+    return _compared("prefill(n + m)", {0: alone}, {0: ([*ids[:-1], last], player.page_digest(0))})
+
+
+def _compared(name: str, expected: Streams, found: Streams) -> Invariance:
+    both = sorted(expected.keys() & found.keys())
+    return Invariance(
+        name,
+        len(both),
+        other_ids=tuple(slot for slot in both if expected[slot][0] != found[slot][0]),
+        other_pages=tuple(slot for slot in both if expected[slot][1] != found[slot][1]),
+    )
