@@ -164,8 +164,8 @@ class MoE(nnx.Module):
         )
         active = self.config.experts_per_token
         if x.shape[0] == 1:
-            hidden = kernel_matmul.gate_up(row, gate, up, ids, experts_per_token=active, index=at)
-            x = kernel_matmul.down_of_row(hidden, down, ids, weights, x, index=down_at)
+            h = kernel_matmul.gate_up_of_row(row, gate, up, ids, index=at)
+            x = kernel_matmul.down_of_row(h, down, ids, weights, x, index=down_at)
             return x, Row(x, *next_norm, eps), counters
         num_rows = x.shape[0]
         tile = kernel_matmul.tile_length(num_rows)

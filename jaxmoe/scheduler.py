@@ -254,7 +254,6 @@ class Scheduler:
         if stream.slot is None or stream.in_flight or stream.state not in ("preempted", "ended"):
             return
         self._table.release(stream.slot)
-        stream.room = 0
         self._slots[stream.slot] = None
         self._held.remove(stream)
         stream.slot = None

@@ -62,7 +62,7 @@ def fake_llm(
         engine = Engine(
             steps,
             eos_ids=eos_ids,
-            prefill_chunk=engine_config.prefill_chunk,
+            prefill_chunk=engine_config.prefill_chunk or 512,
             max_waiting=engine_config.max_waiting,
             after_step=after_step,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,30 @@ def test_a_kernel_that_gives_other_bits_each_time_fails() -> None:
     assert "another run" in (found.failed or "")
 
 
+def test_a_module_that_breaks_off_fails_and_the_others_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(name: str, config: ModelConfig, seed: int) -> Iterator[Comparison]:
+        yield Comparison(name, _twin, _twin, None, (X,))
+        if name == "rows":
+            raise ValueError("no such shape")
+
+    monkeypatch.setattr(device_check, "comparisons_of", breaks)
+    monkeypatch.setattr(device_check, "SHAPES", device_check.SHAPES[:1])
+    found = device_check.check_kernels(1)
+    assert [one.name for one in found if one.passed] == list(device_check.MODULES)
+    assert [(one.name, one.failed) for one in found if not one.passed] == [
+        ("rows", "its comparisons: ValueError: no such shape")
+    ]
+
+
+def test_the_sampler_is_compared_with_the_one_of_the_plain_path() -> None:
+    first, second = device_check.comparisons_of("sampling", device_check.SHAPES[2], 1)
+    ids, logprobs = (one.twin(*one.arrays) for one in (first, second))
+    logits, *_, active = first.arrays
+    greedy = list(active).index(0)  # the slot whose row is greedy
+    assert ids[4][greedy] == logits[greedy].argmax()
+    assert logprobs[0].shape == ids[4].shape
+
+
 def test_zero_is_zero() -> None:
     zeros = np.zeros(4, np.float32)
     assert device_check.relative_error(zeros, zeros) == 0
@@ -283,7 +307,7 @@ def test_a_failed_part_is_a_failed_row(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def _paths(kernel: np.ndarray, rounded: np.ndarray, plain: np.ndarray) -> Paths:
-    return Paths(lambda _: kernel, lambda _: rounded, lambda _: plain)
+    return Paths(lambda _: kernel, lambda _: rounded, lambda _: rounded, lambda _: plain)
 
 
 def _logits(seed: int, length: int = 400) -> np.ndarray:
@@ -303,7 +327,11 @@ def test_another_greedy_id_than_the_twin_in_one_of_a_hundred() -> None:
     rounded = plain.copy()
     rounded[::100, 3] = 99
     found = whole_model(_paths(plain, rounded, plain), [range(400)])
-    assert (found.same_as_twin, found.passed) == (0.99, False)
+    assert (found.same_as_twin, found.same_in_step, found.passed) == (0.99, 0.99, False)
+    found = whole_model(
+        dataclasses.replace(_paths(plain, plain, plain), in_step=lambda _: rounded), [range(400)]
+    )
+    assert (found.same_as_twin, found.same_in_step, found.passed) == (1.0, 0.99, False)
 
 
 def test_a_sure_id_that_was_missed() -> None:
@@ -415,7 +443,8 @@ def test_a_run_writes_its_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     made = Comparison("qkv", _twin, _twin, None, (X,))
     monkeypatch.setattr(ptx, "unavailable", lambda: None)
-    monkeypatch.setattr(device_check, "all_comparisons", lambda config, seed: iter([made]))
+    monkeypatch.setattr(device_check, "MODULES", ("made up",))
+    monkeypatch.setattr(device_check, "comparisons_of", lambda *_: iter([made]))
     out = tmp_path / "deep" / "kernels.json"
     assert device_check.main(["--part=kernels", f"--out={out}"]) == 0
     found = json.loads(out.read_text())
@@ -426,6 +455,6 @@ def test_a_run_writes_its_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "it lacks whole models",
     ]
     wrong = dataclasses.replace(made, kernel=_off_by(0.1))
-    monkeypatch.setattr(device_check, "all_comparisons", lambda config, seed: iter([wrong]))
+    monkeypatch.setattr(device_check, "comparisons_of", lambda *_: iter([wrong]))
     assert device_check.main(["--part=kernels", f"--out={out}"]) == 1
     assert jax.default_backend() == "cpu" or out.exists()

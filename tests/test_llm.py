@@ -143,6 +143,17 @@ def test_one_event_a_token_and_an_empty_last_one(llm: LLM) -> None:
     assert events[-1].finish_reason == "length"
 
 
+def test_logprobs_belong_to_the_next_id_only(llm: LLM) -> None:
+    events: list[Event] = []
+    stream, params = TextStream(llm.tokenizer), SamplingParams()
+    transcript = Transcript(stream, params, end_ids=frozenset(), emit=events.append)
+    logprobs = TokenLogprobs(65, -0.5, ())
+    transcript.on_logprobs(logprobs)
+    transcript.on_token(65)
+    transcript.on_token(66)
+    assert [event.logprobs for event in events] == [(logprobs,), ()]
+
+
 def test_an_unfinished_character_is_held_with_its_ids(llm: LLM) -> None:
     ids = llm.tokenizer.encode("a好b", parse_special=False)
     assert len(ids) > 3, "the vocabulary should split this character"

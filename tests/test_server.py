@@ -622,6 +622,18 @@ async def test_each_write_has_its_own_time() -> None:
     assert sink.taken == ["a", "b"]
 
 
+async def test_a_request_that_has_ended_leaves_no_timer(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[BoundedSend] = []
+    start = BoundedSend.__init__
+    monkeypatch.setattr(BoundedSend, "__init__", lambda self, *args: made.append(self) or start(self, *args))
+    await server.ask({**HELLO, "stream": True})
+    (send,) = made
+    assert send._timer is not None
+    assert send._timer.cancelled()
+
+
 async def test_a_cancelled_write_is_not_one_that_took_too_long() -> None:
     sink = Sink()
     send = BoundedSend(sink.send, Settings(write_seconds=0.05))

@@ -251,26 +251,40 @@ def poisoned_launches() -> Iterator[None]:
 # --- All kernels.
 
 
-def all_comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
-    """Every kernel's comparisons for one shape."""
+MODULES = ("matmul", "attention", "rows", "router", "sampling")
+
+
+def comparisons_of(name: str, config: ModelConfig, seed: int) -> Iterator[Comparison]:
+    """The comparisons of one module of kernels for one shape."""
     import jax
 
     from jaxmoe.sampling import SamplingRow, sample
 
-    for name in ("matmul", "attention", "rows", "router"):
-        yield from import_module(f"jaxmoe.kernels.{name}").comparisons(config, seed)
-    plain = jax.jit(lambda logits, fields: sample(logits, SamplingRow(**fields)))
-    yield from import_module("jaxmoe.kernels.sampling").comparisons(config, seed, plain)
+    @jax.jit
+    def twin(logits: Any, fields: Mapping[str, Any]) -> tuple[Any, ...]:
+        sampled = sample(logits, SamplingRow(**fields))
+        return sampled.token_id, sampled.logprob, sampled.top_ids, sampled.top_logprobs
+
+    rest = (twin,) if name == "sampling" else ()
+    yield from import_module(f"jaxmoe.kernels.{name}").comparisons(config, seed, *rest)
 
 
 def check_kernels(seed: int) -> list[Finding]:
     """Every kernel on every shape, said on the terminal as it goes."""
-    findings = []
     with poisoned_launches():
-        for config in SHAPES:
-            for comparison in all_comparisons(config, seed):
-                findings.append(check(comparison, config.name, poison_results))
-                print(shown(findings[-1]), flush=True)
+        return [found for config in SHAPES for name in MODULES for found in _check_module(name, config, seed)]
+
+
+def _check_module(name: str, config: ModelConfig, seed: int) -> list[Finding]:
+    findings = []
+    try:
+        for comparison in comparisons_of(name, config, seed):
+            findings.append(check(comparison, config.name, poison_results))
+            print(shown(findings[-1]), flush=True)
+    except Exception as error:
+        failed = f"its comparisons: {type(error).__name__}: {str(error)[:2000]}"
+        findings.append(Finding(config.name, name, False, failed=failed))
+        print(shown(findings[-1]), flush=True)
     return findings
 
 

@@ -132,7 +132,8 @@ DEVICE void copy_values(u8* shared_values, const u16* pages, const int* table, i
     commit_copies();
 }
 
-// scores += queries * keys for tiles of 8 keys from FIRST on: lane l has keys 8 * n + 2 * (l%4) and the next, of rows l/4 and l/4 + 8 of each tile.
+// scores += queries * keys for tiles of 8 keys from FIRST on: lane l has keys 8 * n + 2 * (l%4) and the next, of
+// rows l/4 and l/4 + 8 of each tile.
 // Of each 32 numbers of H, the first mma takes 8 * i .. 8 * i + 3 (i < 4), the second the others.
 template <int TILES, bool FULL, int FIRST, int KEY_TILES>
 DEVICE void score_keys(float (&scores)[TILES][4][4], const uint4 (&keys)[KEY_TILES][PARTS], const u8* queries) {
@@ -195,8 +196,8 @@ DEVICE void store_shares(const float (&scores)[4][4], int h, float highest, int 
 // `first_chunk`; sum += shares * 1 for tile `summed` of them. Of each 32 keys, the first mma takes 8 * i .. 8 * i + 3
 // (i < 4) and the second the others: a lane's share of a row is then one piece of 16 bytes.
 template <int TILES, bool FULL, int COLUMNS>
-DEVICE void mix_values(float (&mix)[TILES][COLUMNS][4], float (&sum)[4], const u8* shares, const u8* values, int first_tile,
-                       int first_chunk, int summed, int groups) {
+DEVICE void mix_values(float (&mix)[TILES][COLUMNS][4], float (&sum)[4], const u8* shares, const u8* values,
+                       int first_tile, int first_chunk, int summed, int groups) {
     int lane = thread_again() & 31;
     int key = 4 * (lane & 6) + (lane & 1) + 2 * (lane >> 3 & 1), mixed = key_mix(key);
     for (int group = 0; group < groups; group++) {
@@ -273,7 +274,8 @@ struct Incoming {
     Head heads[ROUNDS];
 };
 
-DEVICE Incoming load_token(const float* qkv, const float* q_norm, const float* k_norm, int row, int kv_head, int layer) {
+DEVICE Incoming load_token(const float* qkv, const float* q_norm, const float* k_norm, int row, int kv_head,
+                           int layer) {
     Incoming in;
     const float* from = qkv + (u64)row * QKV;
 #pragma unroll
@@ -424,6 +426,25 @@ DEVICE bool is_last_block(DecodeShared& s, int* counter, int num_blocks) {
     return s.is_last;
 }
 
+// Merge, unless the token has one segment, which shared memory then holds; round and write. For the last block.
+DEVICE void finish_token(DecodeShared& s, const Token& token, const float* parts, int* counter, i8* codes,
+                         float* scales) {
+    int num_segments = token.position / SEGMENT + 1, item = threadIdx.x;
+    bool alone = num_segments == 1;
+    if (alone) __syncthreads();
+    if (!alone && !is_last_block(s, counter, min(num_segments, (int)gridDim.y))) return;
+    if (item >= (ITEMS + 31) / 32 * 32) return;
+    float mix[8] = {}, sum = 0;
+    if (alone) {
+        const float* part = (const float*)s.values + min(item, ITEMS - 1) / CHUNKS * ROW_FLOATS;
+        load8(mix, part + 8 * (item % CHUNKS));
+        sum = part[H + 1];
+    } else {
+        merge_parts(s, parts, num_segments, mix, sum);
+    }
+    store_codes(token, mix, sum, codes, scales);
+}
+
 // The segments s, s + gridDim.y, ... of one token of a slot, its row of `active` being blockIdx.z. The block that has
 // the last segment stores the token's key and value; the last block to finish merges.
 KERNEL(THREADS, 2)
@@ -477,19 +498,7 @@ attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const 
         if (last == 0) store_part((float*)s.values, mix, sum, highest);
     }
 
-    float mix[8] = {}, sum = 0;
-    if (last == 0) {
-        __syncthreads();
-        if (warp >= (ITEMS + 31) / 32) return;
-        const float* part = (const float*)s.values + min((int)threadIdx.x, ITEMS - 1) / CHUNKS * ROW_FLOATS;
-        load8(mix, part + 8 * (threadIdx.x % CHUNKS));
-        sum = part[H + 1];
-    } else {
-        if (!is_last_block(s, counters + row * K + kv_head, min(last + 1, (int)gridDim.y))) return;
-        if (warp >= (ITEMS + 31) / 32) return;
-        merge_parts(s, parts, last + 1, mix, sum);
-    }
-    store_codes(token, mix, sum, codes, scales);
+    finish_token(s, token, parts, counters + row * K + kv_head, codes, scales);
 }
 
 // ------------------------------------------------------------------------------------------------- many tokens
@@ -524,9 +533,10 @@ constexpr int TILES = ROWS / 16;
 constexpr int MIX_TILES = TILES * PARTS / WARPS;  // tiles of 16 rows that a warp mixes, 32 numbers of H each
 static_assert(MIX_TILES > 0, "too few rows");
 
-// 113 KB: two blocks fit into the 228 KB of an SM of Hopper or Blackwell, with the 1 KB that each takes besides.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
-constexpr int PREFILL_BLOCKS = 2;
+// With 113 KB two blocks fit into the 228 KB of a Hopper SM, and the 1 KB that each takes besides; with small pages,
+// wide groups or H of 64 the registers do not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int PREFILL_BLOCKS = H == 128 && ONE_PAGE && G <= 8 ? 2 : 1;
 #else
 constexpr int PREFILL_BLOCKS = 1;
 #endif
@@ -557,7 +567,8 @@ DEVICE void copy_queries(u8* shared_queries, const u16* queries, const Tile& til
         int piece = i * THREADS + threadIdx.x, row = piece / CHUNKS, chunk = piece % CHUNKS, token = row / G;
         bool wanted = token < tile.num_tokens;
         u64 start = ((u64)(first_token() + token) * N + (int)blockIdx.x * G + row % G) * H + 8 * chunk;
-        copy_async(shared_queries + (row * CHUNKS + (chunk ^ row_mix(row))) * 16, wanted ? queries + start : queries, wanted);
+        const u16* from = wanted ? queries + start : queries;
+        copy_async(shared_queries + (row * CHUNKS + (chunk ^ row_mix(row))) * 16, from, wanted);
     }
     commit_copies();
 }
@@ -598,7 +609,8 @@ DEVICE void take_back(const PrefillShared& s, float (&mix)[MIX_TILES][4][4]) {
 #pragma unroll
     for (int i = 0; i < MIX_TILES * 4; i++) {
         float4 v = ((const float4*)s.shares)[i * THREADS + threadIdx.x];
-        mix[i / 4][i % 4][0] = v.x, mix[i / 4][i % 4][1] = v.y, mix[i / 4][i % 4][2] = v.z, mix[i / 4][i % 4][3] = v.w;
+        float(&to)[4] = mix[i / 4][i % 4];
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
     }
 }
 
@@ -606,7 +618,8 @@ DEVICE void take_back(const PrefillShared& s, float (&mix)[MIX_TILES][4][4]) {
 // its own token's, position + r / G; rows past the tile's tokens see none.
 DEVICE void share_rows(PrefillShared& s, const u16* pages, const int* table, int start, const Tile& tile,
                        float (&mix)[MIX_TILES][4][4]) {
-    int thread = thread_again(), lane = thread & 31, warp = thread >> 5, end = tile.position + tile.num_tokens, seen[TILES][2];
+    int thread = thread_again(), lane = thread & 31, warp = thread >> 5, end = tile.position + tile.num_tokens;
+    int seen[TILES][2];
     float scores[TILES][4][4] = {}, top[TILES][2];
     put_away(s, mix);
     score_rows(s, pages, table, start, end, (int)blockIdx.x, scores);
@@ -664,7 +677,8 @@ DEVICE void merge_segment(float (&mix)[MIX_TILES][4][4], Running& running, const
 }
 
 // Divide by the sums, round and write: a warp has 32 numbers of H, four neighbouring lanes those of a row.
-DEVICE void store_rows(const float (&mix)[MIX_TILES][4][4], const float* sums, const Tile& tile, i8* codes, float* scales) {
+DEVICE void store_rows(const float (&mix)[MIX_TILES][4][4], const float* sums, const Tile& tile, i8* codes,
+                       float* scales) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
     for (int m = 0; m < MIX_TILES; m++)
@@ -705,19 +719,22 @@ attend_prefill(const u16* queries, const int* where, const int* tables, const u1
     int last = tile.position + tile.num_tokens - 1;
     for (int start = 0; start <= last; start += SEGMENT) {
         int groups = (min(last - start + 1, SEGMENT) + 31) / 32;
-        copy_values<false>(s.values, values + layer_start(launch_number<SHARED_SIZE>()), table, start, last + 1, (int)blockIdx.x);
+        copy_values<false>(s.values, values + layer_start(launch_number<SHARED_SIZE>()), table, start, last + 1,
+                           blockIdx.x);
         share_rows(s, keys + layer_start(launch_number<SHARED_SIZE>()), table, start, tile, mix);
         wait_copies<0>();
         __syncthreads();
         Part part = part_of(thread_again());
         float next_mix[MIX_TILES][4][4] = {}, next_sum[4] = {};
-        mix_values<MIX_TILES, true, 4>(next_mix, next_sum, s.shares, s.values, part.first_tile, 4 * part.column, part.summed, groups);
+        mix_values<MIX_TILES, true, 4>(next_mix, next_sum, s.shares, s.values, part.first_tile, 4 * part.column,
+                                       part.summed, groups);
         merge_segment(mix, running, next_mix, next_sum, part.summed, s, part.first_tile);
         __syncthreads();
     }
     Part part = part_of(threadIdx.x);
     float* sums = s.maxima[0];
-    if (part.summed >= 0 && (lane & 3) < 2) sums[16 * (part.first_tile + part.summed) + 8 * (lane & 1) + (lane >> 2)] = running.sum;
+    int row = 16 * (part.first_tile + part.summed) + 8 * (lane & 1) + (lane >> 2);
+    if (part.summed >= 0 && (lane & 3) < 2) sums[row] = running.sum;
     __syncthreads();
     store_rows(mix, sums, tile, codes, scales);
 }

@@ -1,7 +1,7 @@
 """Attention kernels over pages of bfloat16 keys and values, and their plain twins.
 
-`attend_decode` serves one token of many slots, `prepare` then `attend_prefill` many tokens of one slot; a token
-gets the same bits from both.
+`attend_decode` serves one token of many slots, `prepare` then `attend_prefill` many tokens of one slot; a
+token gets the same bits from both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ SEGMENT_LENGTH = MAX_PAGE_LENGTH
 _FILE = "attention.cu"
 _THREADS = 256
 _WARPS = 8
-_QUERY_ROWS = 64  # a block's queries in prefill: all heads of a key head, of so many tokens
+# A block's queries in prefill, all heads of a key head of so many tokens: fewer where a block has no more
+# than 99 KB of shared memory.
+_QUERY_ROWS = 64
+_FEW_QUERY_ROWS = 32
+_SMALL_SHARED = ("8.6", "8.9", "12.0", "12.1")
 _GROUP = 32  # numbers that share a scale
 # Blocks that a token's segments of one key head are spread over, by the highest number of rows they are for.
 _MAX_SPREAD = ((2, 64), (8, 32))
@@ -50,10 +54,11 @@ def attend_decode(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Norm, RoPE, cache write and attention of one token of each slot active[:count].
 
-    qkv float32 [B, (N + 2K) * H]: heads of queries, keys, values. Norms [L, H]; cos and sin [S, H/2]; positions
-    [slots]; tables [slots, P]; keys and values bfloat16 [L, pages, page_length, K, H] and counters (zeros, at
-    least B * K) are updated in place. Gives codes int8 [B, N * H] and scales float32 [B, N * H / 32, 2], the
-    scale and scale * sum of the codes, beside keys, values and counters; rows past `count` are not written.
+    qkv float32 [B, (N + 2K) * H]: heads of queries, keys, values. Norms [L, H]; cos and sin [S, H/2];
+    positions [slots]; tables [slots, P]; keys and values bfloat16 [L, pages, page_length, K, H] and counters
+    (zeros, at least B * K) are updated in place. Gives codes int8 [B, N * H] and scales float32
+    [B, N * H / 32, 2], the scale and scale * sum of the codes, beside keys, values and counters; rows past
+    `count` are not written.
     """
     num_rows, num_segments = qkv.shape[0], _num_segments(keys, tables)
     width = config.num_heads * config.head_dim
@@ -92,8 +97,8 @@ def prepare(
 ) -> tuple[Array, Array, Array]:
     """Norm, RoPE and cache write of a chunk's tokens, `where` int32[4]: (slot, start, count, is_last).
 
-    Shapes as for `attend_decode`. Gives queries bfloat16 [T, N, H], keys and values; rows past the count are not
-    written.
+    Shapes as for `attend_decode`. Gives queries bfloat16 [T, N, H], keys and values; rows past the count are
+    not written.
     """
     num_rows = qkv.shape[0]
     queries = jax.ShapeDtypeStruct((num_rows, config.num_heads, config.head_dim), jnp.bfloat16)
@@ -119,7 +124,7 @@ def attend_prefill(
     Gives codes int8 [T, N * H] and scales float32 [T, N * H / 32, 2]; rows past the count are not written.
     """
     num_rows, num_heads, head_dim = q.shape
-    tokens = _QUERY_ROWS // (num_heads // config.num_kv_heads)
+    tokens = _query_rows(config) // (num_heads // config.num_kv_heads)
     codes, scales = ptx.launch(
         _FILE,
         "attend_prefill",
@@ -135,7 +140,7 @@ def attend_prefill(
 
 
 def decode_shared_size(config: ModelConfig) -> int:
-    """Bytes of `DecodeShared`: values, shares, queries, the token's own key and value, highest scores, a flag."""
+    """Bytes of `DecodeShared`: values, shares, queries, the token's key and value, highest scores, a flag."""
     row_size = 2 * config.head_dim
     rows = 8 if config.num_heads <= 8 * config.num_kv_heads else 16
     per_row = 2 * SEGMENT_LENGTH + row_size + 4 * _WARPS
@@ -145,7 +150,7 @@ def decode_shared_size(config: ModelConfig) -> int:
 def prefill_shared_size(config: ModelConfig) -> int:
     """Bytes of `PrefillShared`: values, shares, queries, highest scores."""
     row_size = 2 * config.head_dim
-    return SEGMENT_LENGTH * row_size + _QUERY_ROWS * (2 * SEGMENT_LENGTH + row_size + 2 * _WARPS)
+    return SEGMENT_LENGTH * row_size + _query_rows(config) * (2 * SEGMENT_LENGTH + row_size + 2 * _WARPS)
 
 
 def variants(config: ModelConfig) -> Iterator[tuple[str, str, dict[str, int | float | str], int]]:
@@ -175,7 +180,13 @@ def _macros(config: ModelConfig, keys: Any, tables: Any) -> dict[str, int | floa
         "NUM_SLOTS": tables.shape[0],
         "TABLE_LENGTH": tables.shape[1],
         "NUM_SEGMENTS": _num_segments(keys, tables),
+        "QUERY_ROWS": _query_rows(config),
     }
+
+
+def _query_rows(config: ModelConfig) -> int:
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return _FEW_QUERY_ROWS if capability in _SMALL_SHARED and config.head_dim == 128 else _QUERY_ROWS
 
 
 def _num_segments(keys: Any, tables: Any) -> int:
@@ -218,7 +229,7 @@ def decode_twin(
     layer: int,
     rounded: bool = True,
 ) -> tuple[Array, Array, Array]:
-    """What `attend_decode` computes, all rows being real: attention [B, N * H], and one layer's keys and values.
+    """What `attend_decode` computes, all rows being real: attention [B, N * H], one layer's keys and values.
 
     The attention is what codes and scales stand for.
     """
@@ -267,11 +278,12 @@ def prefill_twin(
     """What `attend_prefill` computes, all rows being real: attention [T, N * H]."""
     at = where[1] + jnp.arange(q.shape[0], dtype=jnp.int32)
     table = tables[where[0]][None]
-    pages = [x[layer].astype(jnp.float32) for x in (keys, values)]
+    layer_keys, layer_values = (x[layer].astype(jnp.float32) for x in (keys, values))
 
     # one token at a time: all of their keys side by side may not fit
     def token(row: tuple[Array, Array]) -> Array:
-        return _attended(row[0][None].astype(jnp.float32), *pages, table, row[1][None], rounded)[0]
+        q, at = row[0][None].astype(jnp.float32), row[1][None]
+        return _attended(q, layer_keys, layer_values, table, at, rounded)[0]
 
     mixed = lax.map(token, (q, at))
     return _rounded(mixed) if rounded else mixed
@@ -325,7 +337,7 @@ def _attended(q: Array, keys: Array, values: Array, tables: Array, positions: Ar
     ]
     starts = SEGMENT_LENGTH * jnp.arange(split[0].shape[0], dtype=jnp.int32)
 
-    def segment(carry: tuple[Array, Array, Array], part: tuple[Array, Array, Array]) -> tuple[Any, None]:
+    def segment(carry: tuple[Array, Array, Array], part: tuple[Array, ...]) -> tuple[Any, None]:
         highest, total, mixed = carry
         seen = part[2] + jnp.arange(SEGMENT_LENGTH, dtype=jnp.int32)[None] <= positions[:, None]
         next_highest, shares, mix = _segment(q, part[0], part[1], seen, rounded)
@@ -377,7 +389,7 @@ _CHUNKS = ((0, 64), (250, 80), (700, 512))  # first position and tokens
 
 
 def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
-    """The kernels beside their twins, at every edge that fits into the context; one layer's pages are compared."""
+    """The kernels beside their twins, at every edge that fits into the context; of pages, one layer."""
     for positions in _DECODE_POSITIONS:
         if max(positions) < config.context_length:
             yield from _decode_comparisons(config, seed, positions)
@@ -445,7 +457,7 @@ def _layer_of(pages: Array) -> Array:
 def decode_arrays(
     config: ModelConfig, seed: int, positions: tuple[int, ...], page_length: int
 ) -> dict[str, Array]:
-    """Random arguments of `attend_decode`, by name: one row for each position, and a slot that is not active."""
+    """Random arguments of `attend_decode`, by name: a row for each position, and an idle slot."""
     rng = np.random.default_rng(seed)
     num_rows = len(positions)
     slots = rng.permutation(num_rows + 1).astype(np.int32)

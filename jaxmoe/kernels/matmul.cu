@@ -10,6 +10,7 @@ template <int BITS_, int GROUP_, int BLOCK_, int ZERO_, bool S_, bool M_, bool D
 struct Format {
     static constexpr int BITS = BITS_, BLOCK = BLOCK_, ZERO = ZERO_, HALF = HALF_;
     static constexpr bool S = S_, M = M_, D_M = D_M_, WIDE_D = WIDE_D_, SPLIT = GROUP_ == 16;
+    static constexpr bool SIGNED = S && !M;                // s is int8; uint8 where there is an m
     static constexpr int BYTES = SEGMENT * BITS / 8;       // of a row's segment
     static constexpr int WORD = HALF ? 16 : 8;             // bytes a lane reads at once
     static constexpr int WORDS = BYTES / (4 * WORD);       // such reads in a segment
@@ -57,7 +58,13 @@ template <class F> DEVICE float factor(const u32 (&words)[FACTOR_WORDS<F>], int 
     return half_to_float((u16)(words[(block / 2) % FACTOR_WORDS<F>] >> (16 * (block & 1))));
 }
 
-DEVICE float byte_of(const u32* words, int i) { return (float)(i8)(words[i >> 2] >> (8 * (i & 3))); }
+// d times byte i of the words, exactly: the byte becomes the low bits of a float of 2^23, which the
+// multiply-add takes off again (a power of two times d is exact). To signed ones 128 is added first.
+template <class F> DEVICE float times_byte(float d, const u32* words, int i) {
+    u32 word = F::SIGNED ? words[i >> 2] ^ 0x80808080u : words[i >> 2];
+    float byte = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7540 | (i & 3)));
+    return F::SIGNED ? (byte - 8388736.f) * d : fmaf(byte, d, -8388608.f * d);
+}
 
 template <class F> struct Scales {  // of a lane's two rows
     static constexpr int S_WORDS = F::SPLIT ? 4 : 2;
@@ -89,12 +96,12 @@ template <class F> struct Scales {  // of a lane's two rows
     // d * s of group `part` of a block, and what takes MAGIC off again
     METHOD void scale(int h, int block, int part, float& sd, float& minus_magic) const {
         sd = factor<F>(d[h], block);
-        if constexpr (F::S) sd = sd * byte_of(s[h], F::SPLIT ? 2 * block + part : block);
+        if constexpr (F::S) sd = times_byte<F>(sd, s[h], F::SPLIT ? 2 * block + part : block);
         minus_magic = -MAGIC * sd;
     }
     METHOD float minimum(int h, int block) const {
         float md = factor<F>(d_m[h], block);
-        if constexpr (F::M) md = md * byte_of(m[h], block);
+        if constexpr (F::M) md = times_byte<F>(md, m[h], block);
         return -md;
     }
 };
@@ -158,7 +165,8 @@ template <class F> struct Block {
                 if constexpr (F::D_M) minimum[h] = factors.minimum(h, block);
             }
     }
-    METHOD void add(float (&sums)[4], uint2 x, float4 scales) const {
+    // STEP 2: only the first of the lane's two columns counts.
+    template <int STEP = 1> METHOD void add(float (&sums)[4], uint2 x, float4 scales) const {
         if constexpr (F::HALF != 0) {
             add_floats(sums, x, scales);
             return;
@@ -170,14 +178,14 @@ template <class F> struct Block {
             int v[4];
             mma_int8(v, a[0], a[1], a[2], a[3], counts ? x.x : 0u, counts ? x.y : 0u, MAGIC_BITS);
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
+            for (int e = 0; e < 4; e += STEP) {
                 float t = fmaf(__int_as_float(v[e]), sd[part][e >> 1], minus_magic[part][e >> 1]);
                 sums[e] = fmaf(t, e & 1 ? scales.z : scales.x, sums[e]);
             }
         }
         if constexpr (F::D_M)
 #pragma unroll
-            for (int e = 0; e < 4; e++) sums[e] = fmaf(minimum[e >> 1], e & 1 ? scales.w : scales.y, sums[e]);
+            for (int e = 0; e < 4; e += STEP) sums[e] = fmaf(minimum[e >> 1], e & 1 ? scales.w : scales.y, sums[e]);
     }
     METHOD void add_floats(float (&sums)[4], uint2 x, float4 scales) const {
         constexpr bool brain = F::HALF == 2;
@@ -220,13 +228,14 @@ template <class F> struct Unit {
             Block<F> weights(codes[block / F::BLOCKS_A_WORD], scales, block);
 #pragma unroll
             for (int n = 0; n < TILES; n++)
-                weights.add(sums[n], inputs.codes(n, segment, block), inputs.scales(n, segment, block));
+                weights.template add<Inputs::STEP>(sums[n], inputs.codes(n, segment, block), inputs.scales(n, segment, block));
         }
     }
 };
 
 // One row of inputs in shared memory, the same in every column.
 template <int INPUTS> struct SharedRow {
+    static constexpr int STEP = 2;
     uint2 codes_[INPUTS / 8];
     float2 scales_[INPUTS / 32];
     METHOD uint2 codes(int, int segment, int block) const { return codes_[segment * 32 + block * 4 + (threadIdx.x & 3)]; }
@@ -237,7 +246,8 @@ template <int INPUTS> struct SharedRow {
 };
 
 // Rows of inputs in global memory; lane l reads the codes of its column l/4 and the scales of two columns.
-template <int TILES, int INPUTS> struct GlobalRows {
+template <int TILES, int INPUTS, int STEP_ = 1> struct GlobalRows {
+    static constexpr int STEP = STEP_;
     const u8* codes_[TILES];
     const float2 *first[TILES], *second[TILES];
     METHOD uint2 codes(int n, int segment, int block) const {
@@ -381,7 +391,7 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row,
                   const i8* codes, const float* scales,
 #endif
                   const float* residual, const int* count, float* out) {
-    int warp = threadIdx.x >> 5;
+    int warp = threadIdx.x >> 5, num_columns = count[0];
     Unit<F> units[TURNS];
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
@@ -395,8 +405,8 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row,
     __shared__ float segment_sums[SEGMENTS];
     normed_row<K, THREADS>(inputs, segment_sums, x, norm + (size_t)norm_layer() * K, EPS);
 #else
-    GlobalRows<TILES, K> inputs;
-    inputs.at(codes, scales, [](int column) { return column < COLUMNS ? column : 0; });
+    GlobalRows<TILES, K, COLUMNS == 1 ? 2 : 1> inputs;
+    inputs.at(codes, scales, [](int column) { return COLUMNS == 1 ? 0 : blockIdx.x * COLUMNS + column; });
 #endif
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
@@ -407,12 +417,11 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row,
         parts[segment].put(sums);
     }
     __syncthreads();
-    int num_columns = count[0];
     for (int i = threadIdx.x; i < 16 * COLUMNS; i += THREADS) {
-        int column = i / 16, r = i % 16;
+        int column = blockIdx.x * COLUMNS + i / 16, r = i % 16;
         if (column >= num_columns) break;
         size_t at = (size_t)column * ALL_ROWS + out_row + r;
-        float sum = total<SEGMENTS>(parts, r, column);
+        float sum = total<SEGMENTS>(parts, r, i / 16);
 #ifdef RESIDUAL
         sum = residual[at] + sum;
 #endif
@@ -420,7 +429,7 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row,
     }
 }
 
-KERNEL(THREADS, 1) NAME(
+KERNEL(THREADS, BLOCKS_AN_SM) NAME(
 #ifdef ONE_ROW_NORMED
     const float* x, const float* norm,
 #define GIVEN_INPUTS x, norm
@@ -438,7 +447,7 @@ KERNEL(THREADS, 1) NAME(
 #define residual nullptr
 #endif
     const int* count, float* out) {
-    int row = blockIdx.x * 16;
+    int row = blockIdx.y * 16;
     if (row < ROWS_0) {
         dense<FORMAT_0>(GIVEN(0), ROWS_0, row, row, GIVEN_INPUTS, residual, count, out);
         return;
@@ -452,111 +461,149 @@ KERNEL(THREADS, 1) NAME(
 }
 #endif  // DENSE
 
-#ifdef GATE_UP
-// h = silu(gate) * up for 32 of the F rows, rounded; units are (16 rows, segment) of gate and of up.
-constexpr int UNITS = 2 * SEGMENTS, TURNS = (UNITS + WARPS - 1) / WARPS;
+#if defined(GATE_UP) && defined(ONE_ROW)
+// h = silu(gate) * up for 16 of the F rows of one expert; a warp has a segment of both.
+constexpr int TURNS = (SEGMENTS + WARPS - 1) / WARPS;
 
-KERNEL(THREADS, 1) NAME(
-#ifdef ONE_ROW
-    const float* x, const float* norm, const int* ids,
-#else
-    const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
-#endif
-    WEIGHT(0), WEIGHT(1), i8* out_codes, float* out_scales) {
-#ifdef ONE_ROW
-    int expert = ids[blockIdx.y];
-    constexpr int num_columns = 1;
-#else
-    if (blockIdx.y >= num_tiles[0]) return;
-    PairTile tile(pairs, tiles);
-    int expert = tile.expert, num_columns = tile.count;
-#endif
-    int warp = threadIdx.x >> 5, first = blockIdx.x * 32;
-    size_t matrix_row = ((size_t)stack_index() * MATRICES + expert) * ROWS_0 + first;
+KERNEL(THREADS, BLOCKS_AN_SM) NAME(const float* x, const float* norm, const int* ids, WEIGHT(0), WEIGHT(1), float* out) {
+    int expert = ids[blockIdx.y], warp = threadIdx.x >> 5, first = blockIdx.x * 16;
+    size_t row = ((size_t)stack_index() * MATRICES + expert) * ROWS_0 + first;
     Unit<FORMAT_0> gates[TURNS];
     Unit<FORMAT_1> ups[TURNS];
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
-        int unit = warp + i * WARPS, tile16 = unit / SEGMENTS, segment = unit % SEGMENTS;
-        if (unit >= UNITS) break;
-        gates[i].read(GIVEN(0), matrix_row + 16 * tile16, segment);
-        ups[i].read(GIVEN(1), matrix_row + 16 * tile16, segment);
+        int segment = warp + i * WARPS;
+        if (segment >= SEGMENTS) break;
+        gates[i].read(GIVEN(0), row, segment);
+        ups[i].read(GIVEN(1), row, segment);
     }
-    __shared__ Partial<COLUMNS> gate_parts[UNITS], up_parts[UNITS];
-    __shared__ float h[COLUMNS * H_STRIDE];
-#ifdef ONE_ROW
+    __shared__ Partial<1> gate_parts[SEGMENTS], up_parts[SEGMENTS];
     __shared__ SharedRow<K> inputs;
     __shared__ float segment_sums[SEGMENTS];
     normed_row<K, THREADS>(inputs, segment_sums, x, norm + (size_t)norm_layer() * K, EPS);
-#else
-    GlobalRows<TILES, K> inputs;
-    inputs.at(codes, scales, [&](int column) { return tile.pair(column) / ACTIVE; });
-#endif
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
-        int unit = warp + i * WARPS, segment = unit % SEGMENTS;
+        int segment = warp + i * WARPS;
+        if (segment >= SEGMENTS) break;
+        float sums[1][4];
+        gates[i].template multiply<1>(sums, inputs, segment);
+        gate_parts[segment].put(sums);
+        ups[i].template multiply<1>(sums, inputs, segment);
+        up_parts[segment].put(sums);
+    }
+    __syncthreads();
+    if (threadIdx.x < 16) {
+        float gate = total<SEGMENTS>(gate_parts, threadIdx.x, 0), up = total<SEGMENTS>(up_parts, threadIdx.x, 0);
+        out[blockIdx.y * ROWS_0 + first + threadIdx.x] = swiglu(gate, up);
+    }
+}
+#elif defined(GATE_UP)
+// h = silu(gate) * up for 32 of the F rows and a tile of pairs, rounded. Units are (gate or up, 16 rows, segment),
+// in turns: while one is multiplied the next one's weights are on their way.
+constexpr int UNITS = 2 * SEGMENTS, TURNS = (UNITS + WARPS - 1) / WARPS;
+
+KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
+                        WEIGHT(0), WEIGHT(1), i8* out_codes, float* out_scales) {
+    if (blockIdx.y >= num_tiles[0]) return;
+    PairTile tile(pairs, tiles);
+    int warp = threadIdx.x >> 5, first = blockIdx.x * 32, num_columns = tile.count;
+    size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
+    __shared__ Partial<COLUMNS> gate_parts[UNITS], up_parts[UNITS];
+    __shared__ float h[COLUMNS * H_STRIDE];
+    Unit<FORMAT_0> gate;
+    Unit<FORMAT_1> up;
+    auto at = [&](int unit) { return row + 16 * (unit / SEGMENTS); };
+    if (warp < UNITS) gate.read(GIVEN(0), at(warp), warp % SEGMENTS);
+    GlobalRows<TILES, K> inputs;
+    inputs.at(codes, scales, [&](int column) { return tile.pair(column) / ACTIVE; });
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        int unit = warp + i * WARPS, next = unit + WARPS;
         if (unit >= UNITS) break;
+        up.read(GIVEN(1), at(unit), unit % SEGMENTS);
         float sums[TILES][4];
-        gates[i].template multiply<TILES>(sums, inputs, segment);
+        gate.template multiply<TILES>(sums, inputs, unit % SEGMENTS);
         gate_parts[unit].put(sums);
-        ups[i].template multiply<TILES>(sums, inputs, segment);
+        if (i + 1 < TURNS && next < UNITS) gate.read(GIVEN(0), at(next), next % SEGMENTS);
+        up.template multiply<TILES>(sums, inputs, unit % SEGMENTS);
         up_parts[unit].put(sums);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 32 * num_columns; i += THREADS) {
-        int column = i / 32, r = i % 32, at = r / 16 * SEGMENTS;
-        float gate = total<SEGMENTS>(gate_parts + at, r % 16, column);
-        float up = total<SEGMENTS>(up_parts + at, r % 16, column);
-        h[column * H_STRIDE + r] = swiglu(gate, up);
+        int column = i / 32, r = i % 32, part = r / 16 * SEGMENTS;
+        float gate_sum = total<SEGMENTS>(gate_parts + part, r % 16, column);
+        float up_sum = total<SEGMENTS>(up_parts + part, r % 16, column);
+        h[column * H_STRIDE + r] = swiglu(gate_sum, up_sum);
     }
     __syncthreads();
-#ifdef ONE_ROW
-    put_hidden(h, 1, ROWS_0, first, out_codes, out_scales, [](int) { return blockIdx.y; });
-#else
     put_hidden(h, num_columns, ROWS_0, first, out_codes, out_scales, [&](int column) { return tile.pair(column); });
-#endif
 }
 #endif  // GATE_UP
 
 #if defined(DOWN) && defined(ONE_ROW)
-// All A experts of 16 rows, weighted and added to the residual.
+// All A experts of 16 rows, weighted and added to the residual. A unit rounds its own segment of h.
 constexpr int UNITS = ACTIVE * SEGMENTS, TURNS = (UNITS + WARPS - 1) / WARPS;
 
-KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, const int* ids, const float* weights, const float* residual,
-                        WEIGHT(0), float* out) {
-    int warp = threadIdx.x >> 5, first = blockIdx.x * 16;
+struct SharedSegment {
+    static constexpr int STEP = 2;
+    uint2 codes_[SEGMENT / 8];
+    float2 scales_[8];
+    METHOD uint2 codes(int, int, int block) const { return codes_[block * 4 + (threadIdx.x & 3)]; }
+    METHOD float4 scales(int, int, int block) const {
+        float2 s = scales_[block];
+        return make_float4(s.x, s.y, s.x, s.y);
+    }
+    METHOD void round(const float (&v)[8]) {
+        int lane = threadIdx.x & 31, sum;
+        float scale;
+        quantise(v, codes_[lane], scale, sum);
+        if ((lane & 3) == 0) scales_[lane >> 2] = make_float2(scale, scale * (float)sum);
+        __syncwarp();
+    }
+};
+
+KERNEL(THREADS, BLOCKS_AN_SM) NAME(const float* hidden, const int* ids, const float* weights, const float* residual, WEIGHT(0), float* out) {
+    __shared__ Partial<1> parts[UNITS];
+    __shared__ SharedSegment inputs[WARPS];
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = blockIdx.x * 16;
     Unit<FORMAT_0> units[TURNS];
+    float h[TURNS][8], x, shares[ACTIVE];
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
         int unit = warp + i * WARPS;
         if (unit >= UNITS) break;
         int expert = ids[unit / SEGMENTS];
+        load8(h[i], hidden + unit * SEGMENT + 8 * lane);
         units[i].read(GIVEN(0), ((size_t)stack_index() * MATRICES + expert) * ROWS_0 + first, unit % SEGMENTS);
     }
-    __shared__ Partial<1> parts[UNITS];
+    if (threadIdx.x < 16) {
+        x = residual[first + threadIdx.x];
+#pragma unroll
+        for (int j = 0; j < ACTIVE; j++) shares[j] = weights[j];
+    }
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
         int unit = warp + i * WARPS;
         if (unit >= UNITS) break;
-        GlobalRows<1, K> inputs;
-        inputs.at(codes, scales, [&](int) { return unit / SEGMENTS; });
+        __syncwarp();
+        inputs[warp].round(h[i]);
         float sums[1][4];
-        units[i].template multiply<1>(sums, inputs, unit % SEGMENTS);
+        units[i].template multiply<1>(sums, inputs[warp], unit % SEGMENTS);
         parts[unit].put(sums);
     }
     __syncthreads();
     if (threadIdx.x < 16) {
-        float sum = weights[0] * total<SEGMENTS>(parts, threadIdx.x, 0);
+        float sum = shares[0] * total<SEGMENTS>(parts, threadIdx.x, 0);
 #pragma unroll
-        for (int j = 1; j < ACTIVE; j++) sum = fmaf(weights[j], total<SEGMENTS>(parts + j * SEGMENTS, threadIdx.x, 0), sum);
-        out[first + threadIdx.x] = residual[first + threadIdx.x] + sum;
+        for (int j = 1; j < ACTIVE; j++) sum = fmaf(shares[j], total<SEGMENTS>(parts + j * SEGMENTS, threadIdx.x, 0), sum);
+        out[first + threadIdx.x] = x + sum;
     }
 }
 #elif defined(DOWN)
 // y of each pair of a tile, 16 * ROW_TILES rows a block.
 constexpr int UNITS = ROW_TILES * SEGMENTS, TURNS = (UNITS + WARPS - 1) / WARPS;
 
-KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
+KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
                         WEIGHT(0), float* out) {
     if (blockIdx.y >= num_tiles[0]) return;
     PairTile tile(pairs, tiles);
@@ -655,12 +702,12 @@ template <class F> struct RowScales {
             float4 f = make_float4(d_of(d, block), 0.f, 0.f, 0.f);
             f.y = f.x;
             if constexpr (F::S) {
-                f.x = f.x * byte_of(s, F::SPLIT ? 2 * block : block);
-                if constexpr (F::SPLIT) f.y = f.y * byte_of(s, 2 * block + 1);
+                f.x = times_byte<F>(f.x, s, F::SPLIT ? 2 * block : block);
+                if constexpr (F::SPLIT) f.y = times_byte<F>(f.y, s, 2 * block + 1);
             }
             if constexpr (F::D_M) {
                 f.z = d_of(d_m, block);
-                if constexpr (F::M) f.z = f.z * byte_of(&m, block);
+                if constexpr (F::M) f.z = times_byte<F>(f.z, &m, block);
                 f.z = -f.z;
             }
             ((float4*)to)[block] = f;

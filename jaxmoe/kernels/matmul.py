@@ -6,26 +6,24 @@ With one row the products take the row itself and its norm instead: the kernel n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from gguf import GGMLQuantizationType as GGMLType
 from jax import Array, lax
 
-from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx
-from jaxmoe.kernels.comparison import Comparison
-from jaxmoe.quants import QuantTensor, dequantise, empty
+from jaxmoe.quants import QuantTensor, dequantise
 
 FILE = "matmul.cu"
 SEGMENT = 256
 FEW_ROWS = 64  # up to here all segments of a product are read at once, above it they go through shared memory
 FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
 _MANY_THREADS = 256
+_COLUMN_TILES = 2  # tiles of 8 columns that a warp multiplies its rows by
+_REGISTERS = 65536  # of a multiprocessor
 _HALF_ROWS = 64
 _SHARED_OF_TWO_BLOCKS = 113 << 10
 
@@ -120,6 +118,11 @@ def _number(inputs: Rounded | Row, index: int) -> int:
     return index * inputs.norm.shape[0] + inputs.layer if isinstance(inputs, Row) else index
 
 
+def _blocks(threads: int, registers: int) -> int:
+    """Blocks of so many threads and registers a thread that run on a multiprocessor together."""
+    return max(1, _REGISTERS // (threads * registers))
+
+
 def _threads(num_units: int, most: int = 16) -> int:
     return 32 * min(num_units, most)
 
@@ -145,12 +148,14 @@ def dense(
     if residual is not None:
         defines["RESIDUAL"] = 1
     if num_rows <= FEW_ROWS:
-        columns = 1 if one_row else num_rows
+        tiles = min(num_rows // 8, _COLUMN_TILES)
+        columns = 1 if one_row else 8 * tiles
         size = segments * 16 * (columns + (columns > 1)) * 4
-        defines |= {"FEW": 1, "THREADS": _threads(segments)}
-        defines |= {"ONE_ROW": 1} if one_row else {"COLUMN_TILES": num_rows // 8}
+        threads = _threads(segments)
+        defines |= {"FEW": 1, "THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 80 if tiles <= 1 else 128)}
+        defines |= {"ONE_ROW": 1} if one_row else {"COLUMN_TILES": tiles}
         defines |= {"ONE_ROW_NORMED": 1} if isinstance(inputs, Row) else {}
-        grid = (all_rows // 16, 1, 1)
+        grid = (num_rows // columns, all_rows // 16, 1)
     else:
         many, size = _many(weights)
         defines |= many
@@ -166,54 +171,59 @@ def dense(
     return result
 
 
+def gate_up_of_row(row: Row, gate: QuantTensor, up: QuantTensor, ids: Array, *, index: int = 0) -> Array:
+    """silu(gate) * up of one row's experts, float32 [A, F]: gate and up [n, E, F, D], ids int32 [1, A]."""
+    width, threads = gate.shape[-2], _threads(gate.shape[-1] // SEGMENT)
+    defines = _weights([gate, up]) | _norm(row) | {"NAME": "gate_up", "GATE_UP": 1, "FEW": 1, "ONE_ROW": 1}
+    defines |= {"THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 80)}
+    (out,) = ptx.launch(
+        FILE, "gate_up", defines, [row.x, row.norm, ids, *_pointers(gate), *_pointers(up)],
+        [jax.ShapeDtypeStruct((ids.shape[1], width), jnp.float32)],
+        grid=(width // 16, ids.shape[1], 1), threads=threads, number=_number(row, index),
+    )  # fmt: skip
+    return out
+
+
 def gate_up(
-    inputs: Rounded | Row,
+    inputs: Rounded,
     gate: QuantTensor,
     up: QuantTensor,
-    chosen: Groups | Array,
+    groups: Groups,
     *,
     experts_per_token: int,
     index: int = 0,
 ) -> Rounded:
     """silu(gate) * up of each (row, expert) pair, rounded: codes [T*A, F], scales [T*A, F/32, 2].
 
-    Gate and up are [n, E, F, D]. `chosen` are the pairs by expert, or with a `Row` its expert ids [1, A].
+    Gate and up are [n, E, F, D], `groups` the pairs by expert.
     """
-    width, num_pairs = gate.shape[-2], _num_pairs(inputs, experts_per_token)
-    defines = (
-        _weights([gate, up]) | _norm(inputs) | {"NAME": "gate_up", "GATE_UP": 1, "ACTIVE": experts_per_token}
-    )
+    num_rows, width = inputs.codes.shape[0], gate.shape[-2]
+    defines = _weights([gate, up]) | {
+        "NAME": "gate_up",
+        "GATE_UP": 1,
+        "ACTIVE": experts_per_token,
+        "NORMS": 1,
+    }
+    defines |= _grouped(num_rows)
     size = 0
-    if isinstance(inputs, Row):
-        assert isinstance(chosen, Array)
-        defines |= {"FEW": 1, "ONE_ROW": 1, "THREADS": _threads(2 * gate.shape[-1] // SEGMENT)}
-        first = [inputs.x, inputs.norm, chosen]
-        grid = (width // 32, num_pairs, 1)
+    if num_rows <= FEW_ROWS:
+        threads = _threads(2 * gate.shape[-1] // SEGMENT, most=8)
+        defines |= {"FEW": 1, "COLUMN_TILES": 1, "THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 96)}
+        grid = (width // 32, groups.tiles.shape[0], 1)
     else:
-        assert isinstance(chosen, Groups)
-        defines |= _grouped(inputs)
-        first = [*inputs, *chosen]
-        if inputs.codes.shape[0] <= FEW_ROWS:
-            defines |= {"FEW": 1, "COLUMN_TILES": 1, "THREADS": _threads(2 * gate.shape[-1] // SEGMENT)}
-            grid = (width // 32, chosen.tiles.shape[0], 1)
-        else:
-            many, size = _many([gate, up])
-            defines |= many
-            grid = (width // _HALF_ROWS, chosen.tiles.shape[0], 1)
-    outputs = _rounded_shape(num_pairs, width)
+        many, size = _many([gate, up])
+        defines |= many
+        grid = (width // _HALF_ROWS, groups.tiles.shape[0], 1)
     codes, scales = ptx.launch(
-        FILE, "gate_up", defines, [*first, *_pointers(gate), *_pointers(up)], outputs,
-        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=_number(inputs, index),
+        FILE, "gate_up", defines, [*inputs, *groups, *_pointers(gate), *_pointers(up)],
+        _rounded_shape(num_rows * experts_per_token, width),
+        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=index,
     )  # fmt: skip
     return Rounded(codes, scales)
 
 
-def _num_pairs(inputs: Rounded | Row, experts_per_token: int) -> int:
-    return (inputs.x if isinstance(inputs, Row) else inputs.codes).shape[0] * experts_per_token
-
-
-def _grouped(inputs: Rounded) -> dict[str, int | float | str]:
-    return {"GROUPED": 1, "NUM_ROWS": inputs.codes.shape[0]}
+def _grouped(num_rows: int) -> dict[str, int | float | str]:
+    return {"GROUPED": 1, "NUM_ROWS": num_rows}
 
 
 def _rounded_shape(num_rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
@@ -224,9 +234,12 @@ def _rounded_shape(num_rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
 
 
 def down_of_row(
-    hidden: Rounded, w: QuantTensor, ids: Array, weights: Array, residual: Array, *, index: int = 0
+    hidden: Array, w: QuantTensor, ids: Array, weights: Array, residual: Array, *, index: int = 0
 ) -> Array:
-    """The residual [1, D] plus the weighted sum of one row's experts: hidden [A, F], ids and weights [1, A]."""
+    """The residual [1, D] plus the weighted sum of one row's experts.
+
+    hidden float32 [A, F], ids and weights [1, A].
+    """
     active, segments, width = ids.shape[1], w.shape[-1] // SEGMENT, w.shape[-2]
     defines = _weights([w]) | {
         "NAME": "down",
@@ -237,8 +250,9 @@ def down_of_row(
         "NORMS": 1,
     }
     threads = _threads(active * segments, most=24)
+    defines |= {"THREADS": threads, "BLOCKS_AN_SM": 1}
     (out,) = ptx.launch(
-        FILE, "down", defines | {"THREADS": threads}, [*hidden, ids, weights, residual, *_pointers(w)],
+        FILE, "down", defines, [hidden, ids, weights, residual, *_pointers(w)],
         [jax.ShapeDtypeStruct((1, width), jnp.float32)],
         grid=(width // 16, 1, 1), threads=threads, number=index,
     )  # fmt: skip
@@ -248,12 +262,13 @@ def down_of_row(
 def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, index: int = 0) -> Array:
     """Each pair's expert output: hidden [T*A, F] -> float32 [T*A, D]; `num_rows` is T."""
     num_pairs, segments, width = hidden.codes.shape[0], w.shape[-1] // SEGMENT, w.shape[-2]
-    defines = _weights([w]) | {"NAME": "down", "DOWN": 1, "GROUPED": 1, "NUM_ROWS": num_rows, "NORMS": 1}
+    defines = _weights([w]) | {"NAME": "down", "DOWN": 1, "NORMS": 1} | _grouped(num_rows)
     size = 0
     if num_rows <= FEW_ROWS:
         row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
         threads = _threads(row_tiles * segments)
         defines |= {"FEW": 1, "COLUMN_TILES": 1, "ROW_TILES": row_tiles, "THREADS": threads}
+        defines |= {"BLOCKS_AN_SM": _blocks(threads, 80)}
         grid = (width // (16 * row_tiles), groups.tiles.shape[0], 1)
     else:
         many, size = _many([w])
