@@ -142,6 +142,8 @@ DEVICE void score_keys(float (&scores)[TILES][4][4], const uint4 (&keys)[KEY_TIL
     for (int j = 0; j < PARTS; j++)
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
+            // queries of many tiles are not read ahead: registers
+            if (TILES > 1) __syncwarp();
             int row = 16 * m + (lane >> 2), chunk = (4 * j + (lane & 3)) ^ row_mix(row);
             uint4 low = ((const uint4*)queries)[row * CHUNKS + chunk], high = make_uint4(0, 0, 0, 0);
             if (FULL) high = ((const uint4*)queries)[(row + 8) * CHUNKS + chunk];
@@ -533,12 +535,10 @@ constexpr int TILES = ROWS / 16;
 constexpr int MIX_TILES = TILES * PARTS / WARPS;  // tiles of 16 rows that a warp mixes, 32 numbers of H each
 static_assert(MIX_TILES > 0, "too few rows");
 
-// With 113 KB two blocks fit into the 228 KB of a Hopper SM, and the 1 KB that each takes besides; with small pages,
-// wide groups or H of 64 the registers do not.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int PREFILL_BLOCKS = H == 128 && ONE_PAGE && G <= 8 ? 2 : 1;
-#else
-constexpr int PREFILL_BLOCKS = 1;
+// With 113 KB two blocks fit into the 228 KB of a Hopper SM, and the 1 KB that each takes besides. Registers for two
+// are just too few.
+#ifndef PREFILL_BLOCKS
+#define PREFILL_BLOCKS 1
 #endif
 struct PrefillShared {
     u8 values[VALUES_SIZE];

@@ -1,12 +1,26 @@
 // The router: norm, logits, the A best experts of each token and their weights; and the pairs (token, expert)
-// sorted by expert, in tiles. A (token, expert) sum is the same chain in route_row and route_rows.
+// sorted by expert, in tiles.
+//
+// Order of sums of a logit, the same in every route. The columns fall into slabs of 512, a slab into 32 chains:
+// chain i has columns 128j + 4i .. 128j + 4i + 3 for j = 0 .. 3, ascending, in one chain of fmaf(w, x * g, sum)
+// from 0. The even chains are added ascending, the odd chains likewise, then both; slabs are added ascending; the
+// total is multiplied by 1 / rms. So one row can have a chain a lane with whole lines read, a few rows can have
+// their columns spread over the threads of a block, and many rows can have one thread go through all chains.
+//
 // Macros: E; A. For the routes D, NORMS, EPS; the launch number is the place of the weights * NORMS + layer of the
-// norm. For route_rows ROWS; a warp has NE experts x NT tokens, a block WE x WT warps; STAGES. For group ROWS, TILE.
+// norm. For route_few and route_many REST: the rows of the last tile of tokens. For route_few a block has TILE_E
+// experts, a thread NE x NT of its tile. For group ROWS, TILE.
 #include "common.cuh"
 
 #ifndef TILE
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int SLAB = 512;
+constexpr int CHAINS = 32;
+constexpr int SLABS = (D + SLAB - 1) / SLAB;
 constexpr int SEGMENTS = D / SEGMENT;
 constexpr int PER_LANE = (E + 31) / 32;
+constexpr int STRIDE = (SLABS * E + SEGMENTS + 3) / 4 * 4;  // a token's sums by slab, then its sums of squares
 constexpr float LOG2_E = 1.44269504088896341f;
 
 // Larger floats have larger words.
@@ -16,41 +30,75 @@ DEVICE u32 ordered_word(float v) {
 }
 DEVICE float float_of_word(u32 word) { return __uint_as_float(word >> 31 ? word & 0x7fffffffu : ~word); }
 
-// By one warp: the A highest of a token's logits, ties to the lower id, and their softmax. A lane holds
-// neighbouring experts, so that the lowest lane and the lowest place give the lowest id. 0 is below any logit.
-DEVICE void choose(const float* sums, int* ids, float* weights, bool is_real) {
-    int lane = threadIdx.x % 32, id = 0;
-    float values[PER_LANE];
-    u32 words[PER_LANE], word = 0;
+// A lane's neighbouring experts: their sums of one slab.
+DEVICE void load_neighbours(float (&v)[PER_LANE], const float* sums) {
+    int first = threadIdx.x % 32 * PER_LANE;
+    if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
 #pragma unroll
-    for (int k = 0; k < PER_LANE; k++) values[k] = __ldcg(sums + min(lane * PER_LANE + k, E - 1));
-    float inverse = __ldcg(sums + E);
+        for (int k = 0; k < PER_LANE; k += 4) {
+            float4 four = __ldcg((const float4*)(sums + first + k));
+            v[k] = four.x, v[k + 1] = four.y, v[k + 2] = four.z, v[k + 3] = four.w;
+        }
+    } else {
 #pragma unroll
-    for (int k = 0; k < PER_LANE; k++)
-        words[k] = lane * PER_LANE + k < E ? max(ordered_word(values[k] * inverse), 1u) : 0u;
-#pragma unroll
-    for (int j = 0; j < A; j++) {
-        u32 highest = words[0];
-#pragma unroll
-        for (int k = 1; k < PER_LANE; k++) highest = max(highest, words[k]);
-        u32 best = highest_of_lanes(highest);
-        int owner = __ffs(__ballot_sync(ALL_LANES, highest == best)) - 1, place = PER_LANE - 1;
-#pragma unroll
-        for (int k = PER_LANE - 2; k >= 0; k--) place = words[k] == best ? k : place;
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k++) words[k] = lane == owner && k == place ? 0u : words[k];
-        int expert = __shfl_sync(ALL_LANES, lane * PER_LANE + place, owner);
-        if (lane == j) word = best, id = expert;
+        for (int k = 0; k < PER_LANE; k++) v[k] = __ldcg(sums + min(first + k, E - 1));
     }
-    float logit = float_of_word(word);
-    float share = exp2_fast((logit - __shfl_sync(ALL_LANES, logit, 0)) * LOG2_E);
-    float total = __shfl_sync(ALL_LANES, share, 0);
+}
+
+// A lane's highest word of all lanes' goes: it becomes 0, and its expert's id is returned by the lane that had it
+// (ties: the lowest lane, the lowest place), -1 by the others. 0 is below any logit.
+DEVICE int take_highest(u32 (&words)[PER_LANE], u32& best) {
+    int lane = threadIdx.x % 32, place = PER_LANE - 1;
+    u32 highest = words[0];
 #pragma unroll
-    for (int j = 1; j < A; j++) total += __shfl_sync(ALL_LANES, share, j);
-    if (lane < A && is_real) {
-        ids[lane] = id;
-        weights[lane] = __fdiv_rn(share, total);
-    }
+    for (int k = 1; k < PER_LANE; k++) highest = max(highest, words[k]);
+    best = highest_of_lanes(highest);
+    u32 lanes = __ballot_sync(ALL_LANES, highest == best);
+    if (highest != best || (lanes & ((1u << lane) - 1))) return -1;
+#pragma unroll
+    for (int k = PER_LANE - 2; k >= 0; k--) place = words[k] == best ? k : place;
+#pragma unroll
+    for (int k = 0; k < PER_LANE; k++) words[k] = k == place ? 0u : words[k];
+    return lane * PER_LANE + place;
+}
+
+// By one warp: the A highest of the logits of tokens first .. first + N - 1 below `end`, ties to the lower id, and
+// their softmax. The tokens go side by side, so that they wait together.
+template <int N>
+DEVICE void choose(const float* sums, const float (&inverse)[N], int first, int end, int* ids, float* weights) {
+    int lane = threadIdx.x % 32;
+    u32 words[N][PER_LANE];
+    float highest[N], mine[N], totals[N], values[N][SLABS][PER_LANE];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int s = 0; s < SLABS; s++)
+            load_neighbours(values[n][s], sums + (size_t)min(first + n, end - 1) * STRIDE + s * E);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) {
+            float total = values[n][0][k];
+#pragma unroll
+            for (int s = 1; s < SLABS; s++) total += values[n][s][k];
+            words[n][k] = lane * PER_LANE + k < E ? max(ordered_word(total * inverse[n]), 1u) : 0u;
+        }
+#pragma unroll
+    for (int j = 0; j < A; j++)
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            u32 best;
+            int expert = take_highest(words[n], best);
+            if (expert >= 0 && first + n < end) ids[(size_t)(first + n) * A + j] = expert;
+            float logit = float_of_word(best);
+            if (j == 0) highest[n] = logit;
+            float share = exp2_fast((logit - highest[n]) * LOG2_E);
+            totals[n] = j == 0 ? share : totals[n] + share;
+            mine[n] = j == 0 || lane == j ? share : mine[n];
+        }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        if (lane < A && first + n < end) weights[(size_t)(first + n) * A + lane] = __fdiv_rn(mine[n], totals[n]);
 }
 
 // Whether this block is the last of `blocks` to come here; what the others wrote before is then visible. The
@@ -68,196 +116,332 @@ DEVICE bool is_last(int* counter, int blocks) {
     return arrived == blocks - 1;
 }
 
-DEVICE void multiply_add(float& total, float4 w, float4 y) {
-    total = fmaf(w.x, y.x, total);
-    total = fmaf(w.y, y.y, total);
-    total = fmaf(w.z, y.z, total);
-    total = fmaf(w.w, y.w, total);
+DEVICE void multiply_add(float& sum, float4 w, float4 y) {
+    sum = fmaf(w.x, y.x, sum);
+    sum = fmaf(w.y, y.y, sum);
+    sum = fmaf(w.z, y.z, sum);
+    sum = fmaf(w.w, y.w, sum);
 }
 DEVICE float4 times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
+
+// Four columns of a row from `column` on; zeros past its end.
+DEVICE float4 load_columns(const float* row, int column) {
+    return D % SLAB == 0 || column < D ? *(const float4*)(row + column) : make_float4(0, 0, 0, 0);
+}
+
+// The sum of squares of one segment of a row, by a warp.
+DEVICE float squares_of(const float* row, int segment) {
+    float v[8];
+    load8(v, row + segment * SEGMENT + threadIdx.x % 32 * 8);
+    return sum_of_squares(v);
+}
 #endif
 
 #if defined(ROUTE_ROW)
-constexpr int WARPS = 4;
-constexpr int HELD = SEGMENTS < 8 ? SEGMENTS : 8;  // segments of an expert's weights in flight together
+constexpr int EXPERTS = 2;  // of a block
+constexpr int PART = WARPS / EXPERTS;
+constexpr int TURNS = (SLABS + PART - 1) / PART;
+constexpr int PITCH = CHAINS + 4;
 
-// x * g of the whole row in shared memory, and the sums of squares: each warp its own segments.
-DEVICE void norm_row(const float* x, const float* g, float4 (*products)[2][32], float* segment_sums) {
+// A warp has one expert's slab, or every PART-th; a lane a chain.
+DEVICE void sum_chains(const float* x, const float* g, const float* w, float (*chains)[PITCH]) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    constexpr int TURNS = (SEGMENTS + WARPS - 1) / WARPS;
-    float v[TURNS][8];
-    float4 weight[TURNS][2];
+    float4 weight[TURNS][4], value[TURNS][4], factor[TURNS][4];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int column = min(warp % PART + turn * PART, SLABS - 1) * SLAB + j * 128 + lane * 4;
+            weight[turn][j] = load_columns(w, column);
+            value[turn][j] = load_columns(x, column);
+            factor[turn][j] = load_columns(g, column);
+        }
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
-        int segment = min(warp + turn * WARPS, SEGMENTS - 1);
-        load8(v[turn], x + segment * SEGMENT + lane * 8);
-        weight[turn][0] = ((const float4*)(g + segment * SEGMENT))[lane * 2];
-        weight[turn][1] = ((const float4*)(g + segment * SEGMENT))[lane * 2 + 1];
-    }
+        int slab = warp % PART + turn * PART;
+        float sum = 0;
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-        int segment = warp + turn * WARPS;
-        if (segment >= SEGMENTS) break;
-        float(&u)[8] = v[turn];
-        float squares = sum_of_squares(u);
-        if (lane == 0) segment_sums[segment] = squares;
-        products[segment][0][lane] = times(make_float4(u[0], u[1], u[2], u[3]), weight[turn][0]);
-        products[segment][1][lane] = times(make_float4(u[4], u[5], u[6], u[7]), weight[turn][1]);
+        for (int j = 0; j < 4; j++) multiply_add(sum, weight[turn][j], times(value[turn][j], factor[turn][j]));
+        if (slab < SLABS) chains[warp / PART * SLABS + slab][lane] = sum;
     }
 }
 
-// One token: a warp an expert.
-KERNEL(WARPS * 32, 1)
+// One token; the last block chooses.
+KERNEL(THREADS, 1)
 route_row(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
           int* counters, float* sums) {
-    __shared__ float4 products[SEGMENTS][2][32];
-    __shared__ float segment_sums[SEGMENTS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = blockIdx.x * WARPS + warp;
+    __shared__ __align__(16) float chains[EXPERTS * SLABS][PITCH];
+    __shared__ float squares[SEGMENTS];
+    int warp = threadIdx.x / 32, first_expert = blockIdx.x * EXPERTS;
     int number = launch_number<SHARED_SIZE>(), index = number / NORMS, layer = number % NORMS;
-    const float4* row = (const float4*)(w + ((size_t)index * E + min(expert, E - 1)) * D) + lane * 2;
-    bool is_real = *count > 0;
-    float total = 0;
-#pragma unroll
-    for (int first = 0; first < SEGMENTS; first += HELD) {
-        float4 held[HELD][2];
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            int segment = min(first + i, SEGMENTS - 1);
-            held[i][0] = __ldcg(row + segment * (SEGMENT / 4));
-            held[i][1] = __ldcg(row + segment * (SEGMENT / 4) + 1);
-        }
-        if (first == 0) {
-            norm_row(x, norm + (size_t)layer * D, products, segment_sums);
-            __syncthreads();
-        }
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            if (first + i >= SEGMENTS) break;
-            multiply_add(total, held[i][0], products[first + i][0][lane]);
-            multiply_add(total, held[i][1], products[first + i][1][lane]);
-        }
+    int num_tokens = *count;
+    w += ((size_t)index * E + min(first_expert + warp / PART, E - 1)) * D;
+    sum_chains(x, norm + (size_t)layer * D, w, chains);
+    for (int segment = warp; segment < SEGMENTS; segment += WARPS) {
+        float sum = squares_of(x, segment);
+        if (threadIdx.x % 32 == 0) squares[segment] = sum;
     }
-    total = sum_of_lanes(total);
-    if (lane == 0 && expert < E) sums[expert] = total;
-    if (threadIdx.x == 0 && blockIdx.x == 0) sums[E] = inverse_rms<D>(segment_sums, EPS);
-    if (is_last(counters, gridDim.x) && warp == 0) choose(sums, ids, weights, is_real);
+    __syncthreads();
+    for (int i = threadIdx.x; i < EXPERTS * SLABS; i += THREADS) {
+        const float4* four = (const float4*)chains[i];
+        float4 v = four[0];
+        float even = v.x + v.z, odd = v.y + v.w;
+#pragma unroll
+        for (int k = 1; k < CHAINS / 4; k++) {
+            v = four[k];
+            even = even + v.x + v.z, odd = odd + v.y + v.w;
+        }
+        int expert = first_expert + i / SLABS;
+        if (expert < E) sums[i % SLABS * E + expert] = even + odd;
+    }
+    if (!is_last(counters, gridDim.x) || warp > 0 || num_tokens <= 0) return;
+    float inverse[1] = {inverse_rms<D>(squares, EPS)};
+    choose<1>(sums, inverse, 0, 1, ids, weights);
 }
 #endif
 
-#if defined(ROUTE_ROWS)
-constexpr int WARPS = WE * WT;
-constexpr int BLOCK_EXPERTS = WE * NE;
-constexpr int BLOCK_TOKENS = WT * NT;
-constexpr int BLOCK_ROWS = BLOCK_EXPERTS + BLOCK_TOKENS + 1;  // weights, tokens, and the norm's weight
-constexpr int SUMS = NE * NT;
-constexpr int STRIDE = E + 1;  // a token's row of sums, which 1 / rms follows
-static_assert(SUMS == 16 || SUMS == 32, "a lane or two for each sum of a warp");
-static_assert(SHARED_SIZE == STAGES * BLOCK_ROWS * SEGMENT * 4, "shared memory holds the stages");
-static_assert(STAGES >= 2, "one segment is read while another is used");
+#if defined(ROUTE_FEW) || defined(ROUTE_MANY)
+// The sums of squares of a tile's tokens in one slab: the blocks of the tile's slab share them, unit k of a block
+// is one segment of one token.
+template <int TOKENS> DEVICE void add_squares(int k, const float* x, int first_token, int limit, float* sums) {
+    int token = blockIdx.x + k / 2 * gridDim.x, segment = blockIdx.z * 2 + k % 2;
+    if (token >= TOKENS || segment >= SEGMENTS) return;
+    size_t row = min(first_token + token, limit - 1);
+    float squares = squares_of(x + row * D, segment);
+    if (threadIdx.x % 32 == 0) sums[row * STRIDE + SLABS * E + segment] = squares;
+}
 
-// Each sum over the lanes, in the order of sum_of_lanes: every step leaves a lane half as many. Lane l then has
-// sum l * SUMS / 32 in v[0].
-template <int LEFT, int OFFSET> DEVICE void sum_each(float (&v)[SUMS]) {
-    if constexpr (LEFT == 1) v[0] += __shfl_xor_sync(ALL_LANES, v[0], OFFSET);
+// The tokens of a tile, N a warp.
+template <int N>
+DEVICE void choose_tile(const float* sums, int first_token, int end, int* ids, float* weights) {
+    int first = first_token + threadIdx.x / 32 * N;
+    if (first >= end) return;
+    float squares[N][SEGMENTS], inverse[N];
 #pragma unroll
-    for (int k = 0; k < LEFT / 2; k++) {
-        bool upper = threadIdx.x & OFFSET;
-        float other = __shfl_xor_sync(ALL_LANES, upper ? v[k] : v[k + LEFT / 2], OFFSET);
-        v[k] = (upper ? v[k + LEFT / 2] : v[k]) + other;
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int s = 0; s < SEGMENTS; s++)
+            squares[n][s] = __ldcg(sums + (size_t)min(first + n, end - 1) * STRIDE + SLABS * E + s);
+#pragma unroll
+    for (int n = 0; n < N; n++) inverse[n] = inverse_rms<D>(squares[n], EPS);
+    choose<N>(sums, inverse, first, end, ids, weights);
+}
+#endif
+
+#if defined(ROUTE_FEW)
+constexpr int TILE_T = WARPS;
+constexpr int LANES_E = TILE_E / NE, LANES_T = TILE_T / NT;
+constexpr int GROUPS = THREADS / (LANES_E * LANES_T);  // of threads: each has the whole tile and its own chains
+constexpr int WIDTH = SLAB / 4, PITCH = WIDTH + 1;     // of a row in shared memory, in fours
+constexpr int TOKEN_PITCH = TILE_E + LANES_E;          // of the chains' sums; no two lanes of a warp share a bank
+constexpr int CHAIN_PITCH = TILE_T * TOKEN_PITCH + 16;
+constexpr int COPIES = TILE_T * WIDTH / THREADS;
+static_assert(LANES_E * LANES_T == 16 && CHAIN_PITCH % 32 == 16, "half a warp a group");
+static_assert(SHARED_SIZE >= (TILE_E + TILE_T) * PITCH * 16, "shared memory holds a slab of the tile's rows");
+static_assert(SHARED_SIZE >= CHAINS * CHAIN_PITCH * 4, "shared memory holds the chains' sums");
+static_assert(TILE_E * TILE_T <= THREADS && THREADS % WIDTH == 0, "a thread for each sum");
+
+// One slab of the tile's rows, tokens then experts, on its way to shared memory.
+DEVICE void fetch(float4* rows, const float* x, const float* w, int first_token, int limit) {
+    int place = threadIdx.x % WIDTH, column = blockIdx.z * SLAB + place * 4, from = min(column, D - 4);
+#pragma unroll
+    for (int i = threadIdx.x / WIDTH; i < TILE_T + TILE_E; i += THREADS / WIDTH) {
+        int expert = min((int)blockIdx.x * TILE_E + i - TILE_T, E - 1), token = min(first_token + i, limit - 1);
+        const float* row = i < TILE_T ? x + (size_t)token * D : w + (size_t)expert * D;
+        copy_async(rows + i * PITCH + place, row + from, column < D);
     }
-    if constexpr (OFFSET > 1) sum_each<LEFT == 1 ? 1 : LEFT / 2, OFFSET / 2>(v);
+    commit_copies();
 }
 
-// Where a row of the block lies: weights, then tokens, then the norm. Rows past the end are read as the last.
-DEVICE const float* row_of_block(int i, const float* x, const float* g, const float* w) {
-    if (i < BLOCK_EXPERTS) return w + (size_t)min((int)blockIdx.x * BLOCK_EXPERTS + i, E - 1) * D;
-    i -= BLOCK_EXPERTS;
-    if (i < BLOCK_TOKENS) return x + (size_t)min((int)blockIdx.y * BLOCK_TOKENS + i, ROWS - 1) * D;
-    return g;
-}
-
-// One segment of all rows on its way to shared memory: first the lanes' first fours, then the second.
-DEVICE void fetch(float4* stage, int segment, const float* x, const float* g, const float* w) {
-    for (int i = threadIdx.x; i < BLOCK_ROWS * 64; i += WARPS * 32) {
-        int row = i / 64, place = i % 64;
-        const float* from = row_of_block(row, x, g, w) + segment * SEGMENT + place * 4;
-        copy_async(stage + row * 64 + (place % 2) * 32 + place / 2, from);
+DEVICE void sum_chain(const float4* rows, int chain, float (&sums)[NT][NE]) {
+    int lane_e = threadIdx.x % LANES_E, lane_t = threadIdx.x / LANES_E % LANES_T;
+    const float4 *tokens = rows + lane_t * PITCH + chain, *experts = rows + (TILE_T + lane_e) * PITCH + chain;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float4 w[NE];
+#pragma unroll
+        for (int e = 0; e < NE; e++) w[e] = experts[e * LANES_E * PITCH + j * 32];
+#pragma unroll
+        for (int t = 0; t < NT; t++) {
+            float4 y = tokens[t * LANES_T * PITCH + j * 32];
+#pragma unroll
+            for (int e = 0; e < NE; e++) {
+                if (j == 0) sums[t][e] = 0;
+                multiply_add(sums[t][e], w[e], y);
+            }
+        }
     }
 }
 
-DEVICE void add_segment(const float4* stage, float (&totals)[SUMS]) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const float4 *experts = stage + (warp % WE) * NE * 64, *norm = stage + (BLOCK_ROWS - 1) * 64;
-    const float4* tokens = stage + (BLOCK_EXPERTS + (warp / WE) * NT) * 64;
+// Every thread its chains' sums of the tile, which then take the place of the rows.
+DEVICE void sum_chains(float4* rows) {
+    float sums[CHAINS / GROUPS][NT][NE], *chains = (float*)rows;
+    int lane_e = threadIdx.x % LANES_E, lane_t = threadIdx.x / LANES_E % LANES_T, group = threadIdx.x / 16;
 #pragma unroll
-    for (int half = 0; half < 64; half += 32) {
-        float4 g = norm[half + lane], y[NT], w[NE];
+    for (int i = 0; i < CHAINS / GROUPS; i++) sum_chain(rows, group + i * GROUPS, sums[i]);
+    __syncthreads();
 #pragma unroll
-        for (int t = 0; t < NT; t++) y[t] = times(tokens[t * 64 + half + lane], g);
-#pragma unroll
-        for (int e = 0; e < NE; e++) w[e] = experts[e * 64 + half + lane];
+    for (int i = 0; i < CHAINS / GROUPS; i++)
 #pragma unroll
         for (int t = 0; t < NT; t++)
 #pragma unroll
-            for (int e = 0; e < NE; e++) multiply_add(totals[t * NE + e], w[e], y[t]);
+            for (int e = 0; e < NE; e++)
+                chains[(group + i * GROUPS) * CHAIN_PITCH + (lane_t + t * LANES_T) * TOKEN_PITCH + lane_e +
+                       e * LANES_E] = sums[i][t][e];
+    __syncthreads();
+}
+
+// Some tokens: grid (tiles of experts, tiles of tokens, slabs); the last block of a tile of tokens chooses for it.
+KERNEL(THREADS, 1)
+route_few(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
+          int* counters, float* sums) {
+    extern __shared__ __align__(16) u8 shared[];
+    float4* rows = (float4*)shared;
+    int first_token = blockIdx.y * TILE_T, limit = (gridDim.y - 1) * TILE_T + REST, num_tokens = *count;
+    int number = launch_number<SHARED_SIZE>(), index = number / NORMS;
+    fetch(rows, x, w + (size_t)index * E * D, first_token, limit);
+    int place = threadIdx.x % WIDTH;
+    float4 g = load_columns(norm + (size_t)(number % NORMS) * D, blockIdx.z * SLAB + place * 4);
+    int end = min(first_token + TILE_T, min(num_tokens, limit));
+    if (first_token >= end) return;
+    for (int k = threadIdx.x / 32; k / 2 * (int)gridDim.x < TILE_T; k += WARPS)
+        add_squares<TILE_T>(k, x, first_token, limit, sums);
+    wait_copies<0>();
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {  // those that this thread fetched
+        float4& y = rows[(threadIdx.x / WIDTH + i * (THREADS / WIDTH)) * PITCH + place];
+        y = times(y, g);
+    }
+    __syncthreads();
+    sum_chains(rows);
+    int token = threadIdx.x / TILE_E, lane_e = threadIdx.x % TILE_E, expert = blockIdx.x * TILE_E + lane_e;
+    if (first_token + token < end && token < TILE_T && expert < E) {
+        const float* from = (const float*)shared + token * TOKEN_PITCH + lane_e;
+        float even = from[0], odd = from[CHAIN_PITCH];
+#pragma unroll
+        for (int i = 2; i < CHAINS; i += 2) even += from[i * CHAIN_PITCH], odd += from[(i + 1) * CHAIN_PITCH];
+        sums[(size_t)(first_token + token) * STRIDE + blockIdx.z * E + expert] = even + odd;
+    }
+    if (is_last(counters + blockIdx.y, gridDim.x * SLABS)) choose_tile<1>(sums, first_token, end, ids, weights);
+}
+#endif
+
+#if defined(ROUTE_MANY)
+constexpr int TILE_E = 128, TILE_T = 64, NE = 8, NT = 8;
+constexpr int STAGES = 3, ROUNDS = CHAINS / 2;  // a round has an even and an odd chain: the two halves of a block
+constexpr int PITCH = 9;                        // of a round's row in shared memory, in fours: 8 are used
+constexpr int STAGE = (TILE_E + TILE_T) * PITCH;
+constexpr int COPIES = TILE_T * 8 / THREADS;
+static_assert(SHARED_SIZE == STAGES * STAGE * 16, "shared memory holds the stages");
+static_assert(SHARED_SIZE >= NT / 2 * NE * THREADS * 4, "shared memory holds half of the sums");
+
+// The first column of the four that this thread copies of each row in a round, and multiplies by the norm.
+DEVICE int own_column(int round) {
+    int place = threadIdx.x % 8;
+    return blockIdx.z * SLAB + place / 2 * 128 + round * 8 + place % 2 * 4;
+}
+
+// One round of the tile's rows, tokens then experts.
+DEVICE void fetch(float4* stage, int round, const float* x, const float* w, int first_token, int limit) {
+    int column = own_column(round), from = min(column, D - 4);
+    stage += threadIdx.x % 8;
+#pragma unroll
+    for (int k = 0; k < (TILE_T + TILE_E) * 8 / THREADS; k++) {
+        int i = threadIdx.x / 8 + k * (THREADS / 8);
+        int expert = min((int)blockIdx.x * TILE_E + i - TILE_T, E - 1), token = min(first_token + i, limit - 1);
+        const float* row = i < TILE_T ? x + (size_t)token * D : w + (size_t)expert * D;
+        copy_async(stage + i * PITCH, row + from, column < D);
     }
 }
 
-// The blocks of a tile of tokens share the tokens' sums of squares among them: token t is block t % gridDim.x's.
-DEVICE void add_squares(const float4* stage, float (*segment_sums)[SEGMENTS], int segment) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int t = blockIdx.x + warp * gridDim.x; t < BLOCK_TOKENS; t += WARPS * gridDim.x) {
-        const float4* row = stage + (BLOCK_EXPERTS + t) * 64;
-        float4 a = row[lane], b = row[lane + 32];
-        float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        float squares = sum_of_squares(v);
-        if (lane == 0) segment_sums[t][segment] = squares;
+// One chain of a thread's 8 x 8: tokens 4 rows apart, experts 8.
+DEVICE void add_chain(const float4* tokens, const float4* experts, float (&totals)[NT][NE]) {
+    float sums[NT][NE];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float4 w[NE];
+#pragma unroll
+        for (int e = 0; e < NE; e++) w[e] = experts[e * 8 * PITCH + j * 2];
+#pragma unroll
+        for (int t = 0; t < NT; t++) {
+            float4 y = tokens[t * 4 * PITCH + j * 2];
+#pragma unroll
+            for (int e = 0; e < NE; e++) {
+                if (j == 0) sums[t][e] = 0;
+                multiply_add(sums[t][e], w[e], y);
+            }
+        }
     }
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int e = 0; e < NE; e++) totals[t][e] += sums[t][e];
 }
 
-// Many tokens: grid (tiles of experts, tiles of tokens); the last block of a tile of tokens chooses for it.
-KERNEL(WARPS * 32, NE > 4 ? 2 : 1)
-route_rows(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
+// Even plus odd chains: a thread of the even half finishes the first four tokens, of the odd half the others.
+DEVICE void finish_sums(float* exchange, float (&totals)[NT][NE], int token, int expert, int end, float* sums) {
+    bool is_odd = threadIdx.x >= THREADS / 2;
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < NT / 2; t++)
+#pragma unroll
+        for (int e = 0; e < NE; e++)
+            exchange[(t * NE + e) * THREADS + threadIdx.x] = is_odd ? totals[t][e] : totals[t + NT / 2][e];
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < NT / 2; t++)
+#pragma unroll
+        for (int e = 0; e < NE; e++) {
+            float other = exchange[(t * NE + e) * THREADS + (threadIdx.x ^ (THREADS / 2))];
+            float total = (is_odd ? totals[t + NT / 2][e] : totals[t][e]) + other;
+            int row = token + (is_odd ? t + NT / 2 : t) * 4;
+            if (row < end && expert + e * 8 < E) sums[(size_t)row * STRIDE + blockIdx.z * E + expert + e * 8] = total;
+        }
+}
+
+// Many tokens: grid and last block as route_few. The even half of a block sums the even chains.
+KERNEL(THREADS, 1)
+route_many(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
            int* counters, float* sums) {
     extern __shared__ __align__(16) u8 shared[];
-    __shared__ float segment_sums[BLOCK_TOKENS][SEGMENTS];
-    int first_token = blockIdx.y * BLOCK_TOKENS, num_tokens = min(*count, ROWS) - first_token;
-    if (num_tokens <= 0) return;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int number = launch_number<SHARED_SIZE>(), index = number / NORMS;
     float4* stages = (float4*)shared;
+    int first_token = blockIdx.y * TILE_T, limit = (gridDim.y - 1) * TILE_T + REST;
+    int end = min(first_token + TILE_T, min(*count, limit));
+    if (first_token >= end) return;
+    int number = launch_number<SHARED_SIZE>(), index = number / NORMS;
     const float* g = norm + (size_t)(number % NORMS) * D;
     w += (size_t)index * E * D;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / 4;
+    int token = warp % 4 / 2 * 32 + lane / 8, expert = warp % 2 * 64 + lane % 8;
+    float totals[NT][NE];
+#pragma unroll
+    for (int i = 0; i < NT * NE; i++) totals[i / NE][i % NE] = 0;
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-        if (s < SEGMENTS) fetch(stages + s * BLOCK_ROWS * 64, s, x, g, w);
+        fetch(stages + s * STAGE, s, x, w, first_token, limit);
         commit_copies();
     }
-    float totals[SUMS];
-#pragma unroll
-    for (int i = 0; i < SUMS; i++) totals[i] = 0;
-    for (int s = 0; s < SEGMENTS; s++) {
+    float4 next = load_columns(g, own_column(0));
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; round++) {
+        float4 *stage = stages + round % STAGES * STAGE, factor = next;
+        next = load_columns(g, own_column(min(round + 1, ROUNDS - 1)));
         wait_copies<STAGES - 2>();
+#pragma unroll
+        for (int i = 0; i < COPIES; i++) {  // those that this thread fetched
+            float4& y = stage[(threadIdx.x / 8 + i * (THREADS / 8)) * PITCH + threadIdx.x % 8];
+            y = times(y, factor);
+        }
         __syncthreads();
-        int next = s + STAGES - 1;
-        if (next < SEGMENTS) fetch(stages + next % STAGES * BLOCK_ROWS * 64, next, x, g, w);
+        int later = round + STAGES - 1;
+        if (later < ROUNDS) fetch(stages + later % STAGES * STAGE, later, x, w, first_token, limit);
         commit_copies();
-        const float4* stage = stages + s % STAGES * BLOCK_ROWS * 64;
-        add_squares(stage, segment_sums, s);
-        add_segment(stage, totals);
+        add_chain(stage + token * PITCH + half, stage + (TILE_T + expert) * PITCH + half, totals);
+        add_squares<TILE_T>(round * WARPS + warp, x, first_token, limit, sums);
     }
-    sum_each<SUMS, 16>(totals);
-    int place = lane * SUMS / 32, token = (warp / WE) * NT + place / NE;
-    int expert = blockIdx.x * BLOCK_EXPERTS + (warp % WE) * NE + place % NE;
-    if (token < num_tokens && expert < E) sums[(size_t)(first_token + token) * STRIDE + expert] = totals[0];
-    __syncthreads();
-    for (int t = blockIdx.x + threadIdx.x * gridDim.x; t < min(BLOCK_TOKENS, num_tokens); t += WARPS * 32 * gridDim.x)
-        sums[(size_t)(first_token + t) * STRIDE + E] = inverse_rms<D>(segment_sums[t], EPS);
-    if (!is_last(counters + blockIdx.y, gridDim.x)) return;
-    for (int t = warp; t < min(BLOCK_TOKENS, num_tokens); t += WARPS) {
-        size_t row = first_token + t;
-        choose(sums + row * STRIDE, ids + row * A, weights + row * A, true);
-    }
+    finish_sums((float*)shared, totals, first_token + token, blockIdx.x * TILE_E + expert, end, sums);
+    if (!is_last(counters + blockIdx.y, gridDim.x * SLABS)) return;
+    choose_tile<TILE_T / WARPS>(sums, first_token, end, ids, weights);
 }
 #endif
 
@@ -267,6 +451,7 @@ constexpr int WARPS = 8;
 constexpr int CHUNK = 128;  // pairs that a warp looks at together, four a lane
 constexpr int CHUNKS = PAIRS > 16 * WARPS * CHUNK ? 16 : (PAIRS + WARPS * CHUNK - 1) / (WARPS * CHUNK);
 constexpr int ROUND = WARPS * CHUNKS * CHUNK;
+constexpr int MAX_TILES = (PAIRS < E ? PAIRS : E) + PAIRS / TILE + 1;
 static_assert(E <= WARPS * 32, "a thread an expert");
 
 // Four neighbouring ids, -1 for pairs past the end.
@@ -319,7 +504,8 @@ DEVICE int append(const bool (&is_mine)[4], int first, int* pairs) {
     return total;
 }
 
-// A block an expert: its pairs ascending, then its tiles. Every block counts all experts' pairs for itself, so
+// A block an expert: its pairs ascending, then its tiles; the last one's also fills the list with zeros, so that
+// a consumer needs nothing but its own entry. Every block counts all experts' pairs for itself, so
 // that none has to wait for another.
 KERNEL(WARPS * 32, 1)
 group(const int* ids, const int* count, int* pairs, int4* tiles, int* num_tiles) {
@@ -357,6 +543,8 @@ group(const int* ids, const int* count, int* pairs, int4* tiles, int* num_tiles)
     int first_tile = sum_of_block(counted, lower), own_tiles = (size + TILE - 1) / TILE;
     for (int i = threadIdx.x; i < own_tiles; i += WARPS * 32)
         tiles[first_tile + i] = make_int4(expert, i * TILE, min(TILE, size - i * TILE), 0);
-    if (expert == E - 1 && threadIdx.x == 0) *num_tiles = first_tile + own_tiles;
+    if (expert < E - 1) return;
+    for (int i = first_tile + own_tiles + threadIdx.x; i < MAX_TILES; i += WARPS * 32) tiles[i] = make_int4(0, 0, 0, 0);
+    if (threadIdx.x == 0) *num_tiles = first_tile + own_tiles;
 }
 #endif

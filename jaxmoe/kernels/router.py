@@ -1,7 +1,8 @@
 """The router: each token's A best experts and their weights; and (token, expert) pairs grouped by expert.
 
 The kernels are in router.cu. `counters` is int32 [4096], zero before and after each kernel; the router uses
-counters[i] for the i-th tile of tokens, grouping uses none.
+counters[i] for the i-th tile of tokens, grouping uses none. Three kernels route: one row, few rows and many;
+they give the same bits.
 """
 
 from __future__ import annotations
@@ -25,52 +26,42 @@ NUM_COUNTERS: Final = 4096
 SEGMENT: Final = 256
 MAX_EXPERTS: Final = 256
 MAX_EXPERTS_PER_TOKEN: Final = 16
-_ROW_WARPS: Final = 4
-# Shared memory of a block, in rows of a segment: the smallest GPU in use has 99 KiB, and the launch number
-# takes some of it.
-_STAGED_ROWS: Final = 84
-_VARIANTS: Final = (1, 4, 16, 64, 512)
-_COMPARED_ROWS: Final = (1, 3, 13, 64, 300)
+_VARIANTS: Final = (1, 8, 64, 2048)
+_COMPARED_ROWS: Final = (1, 3, 13, 64, 300, 1100)
 _COMPARED_TILES: Final = (8, 32, 64)
+_SLAB: Final = 512  # columns that a block sums
+_THREADS: Final = 256
+_ROW_EXPERTS: Final = 2
+_FEW_TOKENS: Final = 8
+_MANY_EXPERTS, _MANY_TOKENS, _MANY_STAGES = 128, 64, 3
+_MOST_FEW: Final = 1024  # rows of which one tile of route_few a block takes less time than route_many's
 
 Defines = dict[str, int | float | str]
 Variant = tuple[str, str, Defines, int]
 
 
 @dataclass(frozen=True)
-class _Blocks:
-    """How route_rows cuts its work: experts and tokens of a warp, and warps of a block along both."""
+class _Cut:
+    """How a kernel cuts the router's work: experts and tokens of a block, macros and shared memory for that."""
 
+    name: str
     experts: int
     tokens: int
-    expert_warps: int
-    token_warps: int
-
-    @property
-    def num_experts(self) -> int:
-        return self.experts * self.expert_warps
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens * self.token_warps
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.expert_warps * self.token_warps
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in shared memory: weights, tokens, and the norm's weight."""
-        return self.num_experts + self.num_tokens + 1
+    defines: Defines
+    shared_size: int
 
 
-def _blocks(rows: int) -> _Blocks:
-    if rows > 128:
-        return _Blocks(8, 4, 2, 4)
-    if rows > 32:
-        return _Blocks(4, 4, 2, 4)
-    # few tokens: many small blocks, or the weights would come through too few multiprocessors
-    return _Blocks(4, 4, 1, min(4, -(-rows // 4)))
+def _cut(rows: int) -> _Cut:
+    if rows == 1:
+        return _Cut("route_row", _ROW_EXPERTS, 1, {"ROUTE_ROW": 1}, 0)
+    if rows <= _MOST_FEW:
+        # few tokens: many small blocks, or the weights would come through too few multiprocessors
+        experts, each = (8, 2) if rows <= 16 else (32, 4)
+        size = (experts + _FEW_TOKENS) * (_SLAB // 4 + 1) * 16
+        defines: Defines = {"ROUTE_FEW": 1, "TILE_E": experts, "NE": each, "NT": each}
+        return _Cut("route_few", experts, _FEW_TOKENS, defines, size)
+    size = _MANY_STAGES * (_MANY_EXPERTS + _MANY_TOKENS) * 9 * 16
+    return _Cut("route_many", _MANY_EXPERTS, _MANY_TOKENS, {"ROUTE_MANY": 1}, size)
 
 
 def route(
@@ -90,12 +81,12 @@ def route(
     count int32 [1]. Ties go to the lower id. Rows from `count` on are left as they are found.
     """
     rows = x.shape[0]
-    name, defines, grid, threads, shared_size = _route_launch(rows, norm.shape[0], config)
+    name, defines, grid, shared_size = _route_launch(rows, norm.shape[0], config)
     shapes = (
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.int32),
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.float32),
         jax.ShapeDtypeStruct(counters.shape, jnp.int32),
-        jax.ShapeDtypeStruct((rows, config.num_experts + 1), jnp.float32),
+        jax.ShapeDtypeStruct((rows, _num_sums(config)), jnp.float32),
     )
     ids, weights, counters, _ = ptx.launch(
         FILE,
@@ -104,7 +95,7 @@ def route(
         (x, norm, w, count, counters),
         shapes,
         grid=grid,
-        threads=threads,
+        threads=_THREADS,
         shared_size=shared_size,
         number=index * norm.shape[0] + layer,
         aliases={4: 2},
@@ -112,10 +103,19 @@ def route(
     return ids, weights, counters
 
 
+def _num_slabs(config: ModelConfig) -> int:
+    return -(-config.d_model // _SLAB)
+
+
+def _num_sums(config: ModelConfig) -> int:
+    """Floats that blocks leave of a token for the last one: each slab's logits and the sums of squares."""
+    return -(-(_num_slabs(config) * config.num_experts + config.d_model // SEGMENT) // 4) * 4
+
+
 def _route_launch(
     rows: int, num_norms: int, config: ModelConfig
-) -> tuple[str, Defines, tuple[int, int, int], int, int]:
-    """Name, macros, grid, threads and shared size of the router's kernel for this many rows."""
+) -> tuple[str, Defines, tuple[int, int, int], int]:
+    """Name, macros, grid and shared size of the router's kernel for this many rows."""
     assert config.d_model % SEGMENT == 0, f"rows of {config.d_model} columns are no whole segments"
     _check_experts(config)
     defines: Defines = {
@@ -125,16 +125,14 @@ def _route_launch(
         "NORMS": num_norms,
         "EPS": float(config.norm_eps),
     }
+    cut = _cut(rows)
+    expert_tiles, token_tiles = -(-config.num_experts // cut.experts), -(-rows // cut.tokens)
+    assert token_tiles <= NUM_COUNTERS, f"{rows} rows are more than the router takes"
+    defines |= cut.defines
     if rows == 1:
-        return "route_row", defines | {"ROUTE_ROW": 1}, (-(-config.num_experts // _ROW_WARPS), 1, 1), 128, 0
-    blocks = _blocks(rows)
-    stages = max(2, min(config.d_model // SEGMENT, _STAGED_ROWS // blocks.num_rows))
-    names = ("NE", "NT", "WE", "WT")
-    sizes = (blocks.experts, blocks.tokens, blocks.expert_warps, blocks.token_warps)
-    defines |= {"ROUTE_ROWS": 1, "ROWS": rows, "STAGES": stages, **dict(zip(names, sizes, strict=True))}
-    grid = (-(-config.num_experts // blocks.num_experts), -(-rows // blocks.num_tokens), 1)
-    assert grid[1] <= NUM_COUNTERS, f"{rows} rows are more than the router takes"
-    return "route_rows", defines, grid, blocks.threads, stages * blocks.num_rows * SEGMENT * 4
+        return cut.name, defines, (expert_tiles, 1, 1), 0
+    defines["REST"] = rows - (token_tiles - 1) * cut.tokens
+    return cut.name, defines, (expert_tiles, token_tiles, _num_slabs(config)), cut.shared_size
 
 
 def _check_experts(config: ModelConfig) -> None:
@@ -155,8 +153,8 @@ def group(
     """Pairs p = t*A + j of the first `count` rows of ids int32 [T, A], sorted by expert and cut into tiles.
 
     -> pairs int32 [E, T] (each expert's, ascending), tiles int32 [max_tiles, 4] (expert, first place in its
-    pairs, number of pairs, 0; experts and places ascending), number of tiles int32 [1], counters. What lies
-    past the pairs and past the tiles is left as it is found.
+    pairs, number of pairs, 0; experts and places ascending; zeros past the last), number of tiles int32 [1],
+    counters. What lies past the pairs is left as it is found.
     """
     rows = ids.shape[0]
     shapes = ((config.num_experts, rows), (max_tiles(rows, config, tile), 4), (1,))
@@ -226,7 +224,7 @@ def group_twin(
 def variants(config: ModelConfig) -> Iterator[Variant]:
     """The kernels of a model, for compiling without a GPU: (file, name, macros, shared size)."""
     for rows in _VARIANTS:
-        name, defines, _, _, shared_size = _route_launch(rows, config.num_layers, config)
+        name, defines, _, shared_size = _route_launch(rows, config.num_layers, config)
         yield FILE, name, defines, shared_size
     for rows, tile in ((1, 8), (64, 8), (64, 32), (2048, 64)):
         yield FILE, "group", _group_defines(rows, config, tile), 0
@@ -274,8 +272,6 @@ def _group_comparison(config: ModelConfig, rng: np.random.Generator, rows: int, 
 
 def _written(pairs: Array, tiles: Array, num_tiles: Array, counters: Array) -> tuple[Array, ...]:
     """The results with zeros where the kernel writes nothing."""
-    is_tile = jnp.arange(tiles.shape[0], dtype=jnp.int32)[:, None] < num_tiles[0]
-    tiles = jnp.where(is_tile, tiles, 0)
     sizes = jnp.zeros(pairs.shape[0], jnp.int32).at[tiles[:, 0]].add(tiles[:, 2])
     is_pair = jnp.arange(pairs.shape[1], dtype=jnp.int32)[None] < sizes[:, None]
     return jnp.where(is_pair, pairs, 0), tiles, num_tiles, counters
