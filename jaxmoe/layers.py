@@ -265,6 +265,8 @@ def kernel_product(
     """
     stacks, indices = zip(*(weight.at(layer) for weight in weights), strict=True)
     if all(map(kernel_matmul.is_supported, stacks)):
+        if not kernel_matmul.has_row_kernels(*stacks):
+            inputs = rounded(inputs, count)
         return kernel_matmul.dense(name, inputs, stacks, count, index=indices[0], residual=residual)
     x = kernel_matmul.rounded_values(rounded(inputs, count))
     num_rows = x.shape[0]

@@ -163,7 +163,7 @@ class MoE(nnx.Module):
             x, norm, w.codes, count, counters, config=self.config, layer=layer, index=index
         )
         active = self.config.experts_per_token
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and kernel_matmul.has_row_kernels(gate, up, down):
             h = kernel_matmul.gate_up_of_row(row, gate, up, ids, index=at)
             x = kernel_matmul.down_of_row(h, down, ids, weights, x, index=down_at)
             return x, Row(x, *next_norm, eps), counters

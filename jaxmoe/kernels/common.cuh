@@ -87,6 +87,16 @@ DEVICE u32 highest_of_lanes(u32 v) {
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(v));
     return highest;
 }
+// Adds and returns what was there. What this thread, and its block before a barrier, wrote is seen by whoever adds
+// later, and it sees what they wrote who added before.
+DEVICE int add_in_order(int* counter, int number) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(number)
+                 : "memory");
+    return before;
+}
 // Weights pass through once a step: they must not push out what stays in the cache.
 DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
 DEVICE uint4 load_once(const uint4* p) { return __ldcs(p); }
@@ -95,6 +105,7 @@ DEVICE u32 highest_of_lanes(u32 v) {
     for (int offset = 16; offset; offset >>= 1) v = max(v, __shfl_xor_sync(ALL_LANES, v, offset));
     return v;
 }
+DEVICE int add_in_order(int* counter, int number) { return atomicAdd(counter, number); }
 #endif
 
 DEVICE float bfloat16_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }

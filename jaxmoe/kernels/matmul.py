@@ -17,15 +17,18 @@ from jax import Array, lax
 from jaxmoe.kernels import ptx
 from jaxmoe.quants import QuantTensor, dequantise
 
-FILE = "matmul.cu"
 SEGMENT = 256
 FEW_ROWS = 64  # up to here all segments of a product are read at once, above it they go through shared memory
 FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
+_ROW, _FEW, _MANY = "matmul_row.cu", "matmul_few.cu", "matmul_many.cu"
 _MANY_THREADS = 256
 _COLUMN_TILES = 2  # tiles of 8 columns that a warp multiplies its rows by
 _REGISTERS = 65536  # of a multiprocessor
 _HALF_ROWS = 64
 _SHARED_OF_TWO_BLOCKS = 113 << 10
+# Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
+_SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
+_SMALL_SHARED = 99 << 10
 
 Variant = tuple[str, str, dict[str, int | float | str], int]
 
@@ -63,9 +66,24 @@ def is_supported(w: QuantTensor) -> bool:
     return w.group == 32 or (w.group == 16 and w.d_m is None and w.s is not None)
 
 
+def has_row_kernels(*weights: QuantTensor) -> bool:
+    """Whether one row can be multiplied on its own; float weights are left to the tensor cores' order of sums."""
+    return all(w.d is not None for w in weights)
+
+
 def tile_length(num_rows: int) -> int:
     """Pairs of a tile for a step of that many rows."""
-    return FEW_TILE if num_rows <= FEW_ROWS else MANY_TILE
+    return FEW_TILE if _is_few(num_rows) else MANY_TILE
+
+
+def _is_few(num_rows: int) -> bool:
+    # the kernel for many rows takes more shared memory than the smaller GPUs have
+    return num_rows <= FEW_ROWS or _shared_limit() <= _SMALL_SHARED
+
+
+def _shared_limit() -> int:
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    return _SHARED_SIZES.get(capability, _SMALL_SHARED)
 
 
 def _format(w: QuantTensor) -> str:
@@ -103,11 +121,35 @@ def _weights(weights: Sequence[QuantTensor]) -> dict[str, int | float | str]:
 
 def _many(weights: Sequence[QuantTensor]) -> tuple[dict[str, int | float | str], int]:
     size = _stage_size(weights)
-    return {
-        "MANY": 1,
-        "BLOCKS_AN_SM": 2 if size <= _SHARED_OF_TWO_BLOCKS else 1,
-        "THREADS": _MANY_THREADS,
-    }, size
+    return {"BLOCKS_AN_SM": 2 if size <= _SHARED_OF_TWO_BLOCKS else 1, "THREADS": _MANY_THREADS}, size
+
+
+def _shared_rows_size(w: QuantTensor, num_rows: int, pad: int) -> int:
+    """Bytes of `num_rows` rows of a weight in shared memory: SharedRows of weights.cuh."""
+    segments = w.shape[-1] // SEGMENT
+
+    def run(size: int) -> int:
+        return segments * size + (16 if segments * size % 32 == 0 else 0)
+
+    size = segments * (SEGMENT * _code_bits(w) // 8 + pad)
+    size += 0 if w.s is None else run(16 if w.group == 16 else 8)
+    size += 0 if w.m is None else run(8)
+    for d in (w.d, w.d_m):
+        size += 0 if d is None else run(SEGMENT // w.block * d.dtype.itemsize)
+    return -(-num_rows * size // 16) * 16
+
+
+def _row_size(w: QuantTensor) -> int:
+    """Bytes of one row of a weight in shared memory."""
+    return _shared_rows_size(w, 16, 16) // 16
+
+
+def _row_launch(row_size: int, tasks_a_row: int) -> tuple[dict[str, int | float | str], int]:
+    """Macros and shared memory of a kernel for one row, whose blocks keep as many weight rows as fit."""
+    fixed = 24 << 10  # the inputs and the sums
+    rows = 16 if 16 * row_size + fixed <= _shared_limit() else 8
+    threads = min(32 * -(-rows * tasks_a_row // 32), 512)
+    return {"ROWS": rows, "THREADS": threads}, rows * row_size
 
 
 def _norm(inputs: Rounded | Row) -> dict[str, int | float | str]:
@@ -141,23 +183,24 @@ def dense(
     `count` int32[1] is the number of real rows. `residual` [T, N] is added to the product.
     """
     assert len(weights) in (1, 3)
-    one_row = isinstance(inputs, Row) or inputs.codes.shape[0] == 1
     num_rows = 1 if isinstance(inputs, Row) else inputs.codes.shape[0]
-    defines = _weights(weights) | _norm(inputs) | {"NAME": name, "DENSE": 1}
+    defines = _weights(weights) | _norm(inputs) | {"NAME": name, "DENSE": 1, "NUM_ROWS": num_rows}
     segments, all_rows = weights[0].shape[-1] // SEGMENT, sum(w.shape[-2] for w in weights)
     if residual is not None:
         defines["RESIDUAL"] = 1
-    if num_rows <= FEW_ROWS:
-        tiles = min(num_rows // 8, _COLUMN_TILES)
-        columns = 1 if one_row else 8 * tiles
-        size = segments * 16 * (columns + (columns > 1)) * 4
-        threads = _threads(segments)
-        defines |= {"FEW": 1, "THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 80 if tiles <= 1 else 128)}
-        defines |= {"ONE_ROW": 1} if one_row else {"COLUMN_TILES": tiles}
-        defines |= {"ONE_ROW_NORMED": 1} if isinstance(inputs, Row) else {}
-        grid = (num_rows // columns, all_rows // 16, 1)
+    if num_rows == 1 and has_row_kernels(*weights):
+        file = _ROW
+        launch, size = _row_launch(max(map(_row_size, weights)), segments)
+        defines |= launch | ({"NORMED": 1} if isinstance(inputs, Row) else {})
+        grid = (all_rows // int(launch["ROWS"]), 1, 1)
+    elif _is_few(num_rows):
+        file, tiles, threads = _FEW, max(1, min(num_rows // 8, _COLUMN_TILES)), _threads(segments)
+        defines |= {"COLUMN_TILES": tiles, "THREADS": threads}
+        defines |= {"BLOCKS_AN_SM": _blocks(threads, 80 if tiles == 1 else 128)}
+        size = segments * 16 * (8 * tiles + 1) * 4
+        grid = (-(-num_rows // (8 * tiles)), all_rows // 16, 1)
     else:
-        many, size = _many(weights)
+        file, (many, size) = _MANY, _many(weights)
         defines |= many
         grid = (sum(-(-w.shape[-2] // 128) for w in weights), -(-num_rows // 64), 1)
     first = [inputs.x, inputs.norm] if isinstance(inputs, Row) else list(inputs)
@@ -165,7 +208,7 @@ def dense(
     arrays = [*first, *pointers, *([] if residual is None else [residual]), count]
     out = jax.ShapeDtypeStruct((num_rows, all_rows), jnp.float32)
     (result,) = ptx.launch(
-        FILE, name, defines, arrays, [out],
+        file, name, defines, arrays, [out],
         grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=_number(inputs, index),
     )  # fmt: skip
     return result
@@ -173,13 +216,14 @@ def dense(
 
 def gate_up_of_row(row: Row, gate: QuantTensor, up: QuantTensor, ids: Array, *, index: int = 0) -> Array:
     """silu(gate) * up of one row's experts, float32 [A, F]: gate and up [n, E, F, D], ids int32 [1, A]."""
-    width, threads = gate.shape[-2], _threads(gate.shape[-1] // SEGMENT)
-    defines = _weights([gate, up]) | _norm(row) | {"NAME": "gate_up", "GATE_UP": 1, "FEW": 1, "ONE_ROW": 1}
-    defines |= {"THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 80)}
+    width = gate.shape[-2]
+    launch, size = _row_launch(_row_size(gate) + _row_size(up), 2 * gate.shape[-1] // SEGMENT)
+    defines = _weights([gate, up]) | _norm(row) | launch | {"NAME": "gate_up", "GATE_UP": 1}
     (out,) = ptx.launch(
-        FILE, "gate_up", defines, [row.x, row.norm, ids, *_pointers(gate), *_pointers(up)],
+        _ROW, "gate_up", defines, [row.x, row.norm, ids, *_pointers(gate), *_pointers(up)],
         [jax.ShapeDtypeStruct((ids.shape[1], width), jnp.float32)],
-        grid=(width // 16, ids.shape[1], 1), threads=threads, number=_number(row, index),
+        grid=(width // int(launch["ROWS"]), ids.shape[1], 1),
+        threads=int(launch["THREADS"]), shared_size=size, number=_number(row, index),
     )  # fmt: skip
     return out
 
@@ -206,16 +250,17 @@ def gate_up(
     }
     defines |= _grouped(num_rows)
     size = 0
-    if num_rows <= FEW_ROWS:
+    file = _FEW if _is_few(num_rows) else _MANY
+    if file == _FEW:
         threads = _threads(2 * gate.shape[-1] // SEGMENT, most=8)
-        defines |= {"FEW": 1, "COLUMN_TILES": 1, "THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 96)}
+        defines |= {"COLUMN_TILES": 1, "THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 96)}
         grid = (width // 32, groups.tiles.shape[0], 1)
     else:
         many, size = _many([gate, up])
         defines |= many
         grid = (width // _HALF_ROWS, groups.tiles.shape[0], 1)
     codes, scales = ptx.launch(
-        FILE, "gate_up", defines, [*inputs, *groups, *_pointers(gate), *_pointers(up)],
+        file, "gate_up", defines, [*inputs, *groups, *_pointers(gate), *_pointers(up)],
         _rounded_shape(num_rows * experts_per_token, width),
         grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=index,
     )  # fmt: skip
@@ -240,21 +285,14 @@ def down_of_row(
 
     hidden float32 [A, F], ids and weights [1, A].
     """
-    active, segments, width = ids.shape[1], w.shape[-1] // SEGMENT, w.shape[-2]
-    defines = _weights([w]) | {
-        "NAME": "down",
-        "DOWN": 1,
-        "FEW": 1,
-        "ONE_ROW": 1,
-        "ACTIVE": active,
-        "NORMS": 1,
-    }
-    threads = _threads(active * segments, most=24)
-    defines |= {"THREADS": threads, "BLOCKS_AN_SM": 1}
+    active, width = ids.shape[1], w.shape[-2]
+    launch, size = _row_launch(active * _row_size(w), active * w.shape[-1] // SEGMENT)
+    defines = _weights([w]) | launch | {"NAME": "down", "DOWN": 1, "ACTIVE": active, "NORMS": 1}
     (out,) = ptx.launch(
-        FILE, "down", defines, [hidden, ids, weights, residual, *_pointers(w)],
+        _ROW, "down", defines, [hidden, ids, weights, residual, *_pointers(w)],
         [jax.ShapeDtypeStruct((1, width), jnp.float32)],
-        grid=(width // 16, 1, 1), threads=threads, number=index,
+        grid=(width // int(launch["ROWS"]), 1, 1),
+        threads=int(launch["THREADS"]), shared_size=size, number=index,
     )  # fmt: skip
     return out
 
@@ -264,10 +302,11 @@ def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, inde
     num_pairs, segments, width = hidden.codes.shape[0], w.shape[-1] // SEGMENT, w.shape[-2]
     defines = _weights([w]) | {"NAME": "down", "DOWN": 1, "NORMS": 1} | _grouped(num_rows)
     size = 0
-    if num_rows <= FEW_ROWS:
+    file = _FEW if _is_few(num_rows) else _MANY
+    if file == _FEW:
         row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
         threads = _threads(row_tiles * segments)
-        defines |= {"FEW": 1, "COLUMN_TILES": 1, "ROW_TILES": row_tiles, "THREADS": threads}
+        defines |= {"COLUMN_TILES": 1, "ROW_TILES": row_tiles, "THREADS": threads}
         defines |= {"BLOCKS_AN_SM": _blocks(threads, 80)}
         grid = (width // (16 * row_tiles), groups.tiles.shape[0], 1)
     else:
@@ -275,7 +314,7 @@ def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, inde
         defines |= many
         grid = (width // 128, groups.tiles.shape[0], 1)
     (out,) = ptx.launch(
-        FILE, "down", defines, [*hidden, *groups, *_pointers(w)],
+        file, "down", defines, [*hidden, *groups, *_pointers(w)],
         [jax.ShapeDtypeStruct((num_pairs, width), jnp.float32)],
         grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=index,
     )  # fmt: skip

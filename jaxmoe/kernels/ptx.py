@@ -25,7 +25,7 @@ from jax import Array
 logger = logging.getLogger(__name__)
 
 _TARGET: Final = "__gpu$xla.gpu.ptx"
-_HEADER: Final = "common.cuh"
+_HEADERS: Final = ("common.cuh", "weights.cuh")
 _OPTIONS: Final = ("--std=c++17", "-default-device", "--fmad=false")
 # The architectures that are compiled for, and the oldest PTX version that can name each; the kernels use
 # nothing newer. NVRTC writes the version of its own release, which an older driver refuses. A GPU between two
@@ -166,14 +166,14 @@ def _literal(value: int | float | str) -> str:
 
 @cache
 def _compiled(file: str, macros: tuple[str, ...], arch: str) -> str:
-    source, header, version = _source(file), _source(_HEADER), _ptx_version(arch)
+    source, headers, version = _source(file), [_source(name) for name in _HEADERS], _ptx_version(arch)
     options = (f"--gpu-architecture={arch.replace('sm', 'compute')}", *_OPTIONS, *macros)
-    parts = (source, header, *options, repr(_nvrtc_version()), version)
+    parts = (source, *headers, *options, repr(_nvrtc_version()), version)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     kept = _read(key)
     if kept is not None:
         return kept
-    text = _with_version(_compile(file, source, header, options), version)
+    text = _with_version(_compile(file, source, headers, options), version)
     _write(key, text)
     return text
 
@@ -183,10 +183,16 @@ def _source(file: str) -> str:
     return (resources.files("jaxmoe.kernels") / file).read_text("utf-8")
 
 
-def _compile(file: str, source: str, header: str, options: Sequence[str]) -> str:
+def _compile(file: str, source: str, headers: Sequence[str], options: Sequence[str]) -> str:
     nvrtc = _nvrtc()
     (program,) = _checked(
-        nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), 1, [header.encode()], [_HEADER.encode()])
+        nvrtc.nvrtcCreateProgram(
+            source.encode(),
+            file.encode(),
+            len(headers),
+            [header.encode() for header in headers],
+            [name.encode() for name in _HEADERS],
+        )
     )
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])

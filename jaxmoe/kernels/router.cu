@@ -1,26 +1,31 @@
 // The router: norm, logits, the A best experts of each token and their weights; and the pairs (token, expert)
 // sorted by expert, in tiles.
 //
-// Order of sums of a logit, the same in every route. The columns fall into slabs of 512, a slab into 32 chains:
-// chain i has columns 128j + 4i .. 128j + 4i + 3 for j = 0 .. 3, ascending, in one chain of fmaf(w, x * g, sum)
-// from 0. The even chains are added ascending, the odd chains likewise, then both; slabs are added ascending; the
-// total is multiplied by 1 / rms. So one row can have a chain a lane with whole lines read, a few rows can have
-// their columns spread over the threads of a block, and many rows can have one thread go through all chains.
+// Order of sums of a logit, the same in every route. A segment of 256 columns falls into 16 chains: chain i has
+// columns 8i .. 8i + 7, then 128 + 8i .. 128 + 8i + 7, in one chain of fmaf(w, x * g, sum) from 0. The chains of a
+// segment are added ascending, the segments in pairs (0 + 1, 2 + 3, ..), the pairs ascending; the total is
+// multiplied by 1 / rms. So one row can have a chain a lane, a few rows a block for each segment and their chains
+// spread over its threads, and many rows one thread for all chains of a segment.
 //
 // Macros: E; A. For the routes D, NORMS, EPS; the launch number is the place of the weights * NORMS + layer of the
-// norm. For route_few and route_many REST: the rows of the last tile of tokens. For route_few a block has TILE_E
-// experts, a thread NE x NT of its tile. For group ROWS, TILE.
+// norm. For route_few and route_many REST: the rows of the last tile of tokens. For route_few the tile of a block,
+// TILE_E experts x TILE_T tokens, and a thread's NE x NT. For group ROWS, TILE.
 #include "common.cuh"
 
 #ifndef TILE
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr int SLAB = 512;
-constexpr int CHAINS = 32;
-constexpr int SLABS = (D + SLAB - 1) / SLAB;
+constexpr int CHAINS = 16;
 constexpr int SEGMENTS = D / SEGMENT;
+constexpr int PAIRS = (SEGMENTS + 1) / 2;
+#ifdef ROUTE_FEW
+constexpr bool IS_PAIRED = false;
+#else
+constexpr bool IS_PAIRED = true;
+#endif
+constexpr int PARTS = IS_PAIRED ? PAIRS : SEGMENTS;  // sums that blocks leave of each logit
 constexpr int PER_LANE = (E + 31) / 32;
-constexpr int STRIDE = (SLABS * E + SEGMENTS + 3) / 4 * 4;  // a token's sums by slab, then its sums of squares
+constexpr int STRIDE = (PARTS * E + SEGMENTS + 3) / 4 * 4;  // a token's parts, then its sums of squares
 constexpr float LOG2_E = 1.44269504088896341f;
 
 // Larger floats have larger words.
@@ -30,7 +35,7 @@ DEVICE u32 ordered_word(float v) {
 }
 DEVICE float float_of_word(u32 word) { return __uint_as_float(word >> 31 ? word & 0x7fffffffu : ~word); }
 
-// A lane's neighbouring experts: their sums of one slab.
+// A lane's neighbouring experts: one part of their sums.
 DEVICE void load_neighbours(float (&v)[PER_LANE], const float* sums) {
     int first = threadIdx.x % 32 * PER_LANE;
     if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
@@ -54,35 +59,39 @@ DEVICE int take_highest(u32 (&words)[PER_LANE], u32& best) {
     for (int k = 1; k < PER_LANE; k++) highest = max(highest, words[k]);
     best = highest_of_lanes(highest);
     u32 lanes = __ballot_sync(ALL_LANES, highest == best);
-    if (highest != best || (lanes & ((1u << lane) - 1))) return -1;
+    bool is_owner = (highest == best) & !(lanes & ((1u << lane) - 1));
 #pragma unroll
     for (int k = PER_LANE - 2; k >= 0; k--) place = words[k] == best ? k : place;
 #pragma unroll
-    for (int k = 0; k < PER_LANE; k++) words[k] = k == place ? 0u : words[k];
-    return lane * PER_LANE + place;
+    for (int k = 0; k < PER_LANE; k++) words[k] = is_owner & (k == place) ? 0u : words[k];
+    return is_owner ? lane * PER_LANE + place : -1;
 }
 
 // By one warp: the A highest of the logits of tokens first .. first + N - 1 below `end`, ties to the lower id, and
 // their softmax. The tokens go side by side, so that they wait together.
 template <int N>
-DEVICE void choose(const float* sums, const float (&inverse)[N], int first, int end, int* ids, float* weights) {
+DEVICE void choose(const float* sums, const float (&squares)[N][SEGMENTS], int first, int end, int* ids,
+                   float* weights) {
     int lane = threadIdx.x % 32;
     u32 words[N][PER_LANE];
-    float highest[N], mine[N], totals[N], values[N][SLABS][PER_LANE];
+    float highest[N], mine[N], totals[N], values[N][PARTS][PER_LANE];
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int s = 0; s < SLABS; s++)
+        for (int s = 0; s < PARTS; s++)
             load_neighbours(values[n][s], sums + (size_t)min(first + n, end - 1) * STRIDE + s * E);
 #pragma unroll
-    for (int n = 0; n < N; n++)
+    for (int n = 0; n < N; n++) {
+        float inverse = inverse_rms<D>(squares[n], EPS);
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) {
-            float total = values[n][0][k];
+            float total = 0;
 #pragma unroll
-            for (int s = 1; s < SLABS; s++) total += values[n][s][k];
-            words[n][k] = lane * PER_LANE + k < E ? max(ordered_word(total * inverse[n]), 1u) : 0u;
+            for (int s = 0; s < PARTS; s += IS_PAIRED ? 1 : 2)
+                total += IS_PAIRED || s + 1 == PARTS ? values[n][s][k] : values[n][s][k] + values[n][s + 1][k];
+            words[n][k] = lane * PER_LANE + k < E ? max(ordered_word(total * inverse), 1u) : 0u;
         }
+    }
 #pragma unroll
     for (int j = 0; j < A; j++)
 #pragma unroll
@@ -107,10 +116,8 @@ DEVICE bool is_last(int* counter, int blocks) {
     __shared__ int arrived;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        arrived = atomicAdd(counter, 1);
+        arrived = add_in_order(counter, 1);
         if (arrived == blocks - 1) *counter = 0;
-        __threadfence();
     }
     __syncthreads();
     return arrived == blocks - 1;
@@ -126,144 +133,156 @@ DEVICE float4 times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.
 
 // Four columns of a row from `column` on; zeros past its end.
 DEVICE float4 load_columns(const float* row, int column) {
-    return D % SLAB == 0 || column < D ? *(const float4*)(row + column) : make_float4(0, 0, 0, 0);
-}
-
-// The sum of squares of one segment of a row, by a warp.
-DEVICE float squares_of(const float* row, int segment) {
-    float v[8];
-    load8(v, row + segment * SEGMENT + threadIdx.x % 32 * 8);
-    return sum_of_squares(v);
+    return SEGMENTS % 2 == 0 || column < D ? *(const float4*)(row + column) : make_float4(0, 0, 0, 0);
 }
 #endif
 
 #if defined(ROUTE_ROW)
 constexpr int EXPERTS = 2;  // of a block
 constexpr int PART = WARPS / EXPERTS;
-constexpr int TURNS = (SLABS + PART - 1) / PART;
-constexpr int PITCH = CHAINS + 4;
+constexpr int TURNS = (PAIRS + PART - 1) / PART;
+constexpr int PITCH = 2 * CHAINS + 4;
 
-// A warp has one expert's slab, or every PART-th; a lane a chain.
-DEVICE void sum_chains(const float* x, const float* g, const float* w, float (*chains)[PITCH]) {
+// A warp has one expert's pair of segments, or every PART-th; a lane a chain. The squares are summed while the
+// weights are on their way.
+DEVICE void sum_chains(const float* x, const float* g, const float* w, float (*chains)[PITCH], float* squares) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float4 weight[TURNS][4], value[TURNS][4], factor[TURNS][4];
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            int column = min(warp % PART + turn * PART, SLABS - 1) * SLAB + j * 128 + lane * 4;
+            int segment = min(warp % PART + turn * PART, PAIRS - 1) * 2 + lane / CHAINS;
+            int column = segment * SEGMENT + j / 2 * 128 + lane % CHAINS * 8 + j % 2 * 4;
             weight[turn][j] = load_columns(w, column);
             value[turn][j] = load_columns(x, column);
             factor[turn][j] = load_columns(g, column);
         }
+    for (int segment = warp; segment < SEGMENTS; segment += WARPS) {
+        float v[8];
+        load8(v, x + segment * SEGMENT + lane * 8);
+        float sum = sum_of_squares(v);
+        if (lane == 0) squares[segment] = sum;
+    }
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
-        int slab = warp % PART + turn * PART;
+        int pair = warp % PART + turn * PART;
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) multiply_add(sum, weight[turn][j], times(value[turn][j], factor[turn][j]));
-        if (slab < SLABS) chains[warp / PART * SLABS + slab][lane] = sum;
+        if (pair < PAIRS) chains[warp / PART * PAIRS + pair][lane] = sum;
     }
+}
+
+DEVICE float sum_of_chains(const float4* chains) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < CHAINS / 4; i++) {
+        float4 v = chains[i];
+        sum = sum + v.x + v.y + v.z + v.w;
+    }
+    return sum;
 }
 
 // One token; the last block chooses.
 KERNEL(THREADS, 1)
 route_row(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
           int* counters, float* sums) {
-    __shared__ __align__(16) float chains[EXPERTS * SLABS][PITCH];
-    __shared__ float squares[SEGMENTS];
+    __shared__ __align__(16) float chains[EXPERTS * PAIRS][PITCH];
+    __shared__ float squares[1][SEGMENTS];
     int warp = threadIdx.x / 32, first_expert = blockIdx.x * EXPERTS;
     int number = launch_number<SHARED_SIZE>(), index = number / NORMS, layer = number % NORMS;
     int num_tokens = *count;
     w += ((size_t)index * E + min(first_expert + warp / PART, E - 1)) * D;
-    sum_chains(x, norm + (size_t)layer * D, w, chains);
-    for (int segment = warp; segment < SEGMENTS; segment += WARPS) {
-        float sum = squares_of(x, segment);
-        if (threadIdx.x % 32 == 0) squares[segment] = sum;
-    }
+    sum_chains(x, norm + (size_t)layer * D, w, chains, squares[0]);
     __syncthreads();
-    for (int i = threadIdx.x; i < EXPERTS * SLABS; i += THREADS) {
-        const float4* four = (const float4*)chains[i];
-        float4 v = four[0];
-        float even = v.x + v.z, odd = v.y + v.w;
-#pragma unroll
-        for (int k = 1; k < CHAINS / 4; k++) {
-            v = four[k];
-            even = even + v.x + v.z, odd = odd + v.y + v.w;
-        }
-        int expert = first_expert + i / SLABS;
-        if (expert < E) sums[i % SLABS * E + expert] = even + odd;
+    for (int i = threadIdx.x; i < EXPERTS * PAIRS; i += THREADS) {
+        const float4 *one = (const float4*)chains[i], *other = one + CHAINS / 4;
+        int expert = first_expert + i / PAIRS;
+        if (expert < E) sums[i % PAIRS * E + expert] = sum_of_chains(one) + sum_of_chains(other);
     }
     if (!is_last(counters, gridDim.x) || warp > 0 || num_tokens <= 0) return;
-    float inverse[1] = {inverse_rms<D>(squares, EPS)};
-    choose<1>(sums, inverse, 0, 1, ids, weights);
+    choose<1>(sums, squares, 0, 1, ids, weights);
 }
 #endif
 
 #if defined(ROUTE_FEW) || defined(ROUTE_MANY)
-// The sums of squares of a tile's tokens in one slab: the blocks of the tile's slab share them, unit k of a block
-// is one segment of one token.
-template <int TOKENS> DEVICE void add_squares(int k, const float* x, int first_token, int limit, float* sums) {
-    int token = blockIdx.x + k / 2 * gridDim.x, segment = blockIdx.z * 2 + k % 2;
-    if (token >= TOKENS || segment >= SEGMENTS) return;
-    size_t row = min(first_token + token, limit - 1);
-    float squares = squares_of(x + row * D, segment);
-    if (threadIdx.x % 32 == 0) sums[row * STRIDE + SLABS * E + segment] = squares;
+// The sums of squares of one segment of N tokens of a tile, which the blocks of the tile share among them: token k
+// of a block is blockIdx.x + k * gridDim.x. Past the end the last one is summed once more.
+template <int TOKENS, int N>
+DEVICE void add_squares(int k, int segment, const float* x, int first_token, int limit, float* sums) {
+    float v[N][8];
+    size_t rows[N];
+    segment = min(segment, SEGMENTS - 1);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        int token = min((int)(blockIdx.x + (k + n) * gridDim.x), TOKENS - 1);
+        rows[n] = min(first_token + token, limit - 1);
+        load8(v[n], x + rows[n] * D + segment * SEGMENT + threadIdx.x % 32 * 8);
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float squares = sum_of_squares(v[n]);
+        if (threadIdx.x % 32 == 0) sums[rows[n] * STRIDE + PARTS * E + segment] = squares;
+    }
 }
 
-// The tokens of a tile, N a warp.
-template <int N>
+// A warp's tokens from `first` on, N at a time.
+template <int TOKENS>
 DEVICE void choose_tile(const float* sums, int first_token, int end, int* ids, float* weights) {
-    int first = first_token + threadIdx.x / 32 * N;
-    if (first >= end) return;
-    float squares[N][SEGMENTS], inverse[N];
+    constexpr int MOST = 128 / (PARTS * PER_LANE);  // what the registers hold
+    constexpr int N = TOKENS <= MOST ? TOKENS : MOST < 2 ? 1 : MOST < 4 ? 2 : 4;
+    int last = min(end, first_token + ((int)threadIdx.x / 32 + 1) * TOKENS);
+#pragma unroll 1
+    for (int first = first_token + threadIdx.x / 32 * TOKENS; first < last; first += N) {
+        float squares[N][SEGMENTS];
 #pragma unroll
-    for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int s = 0; s < SEGMENTS; s++)
-            squares[n][s] = __ldcg(sums + (size_t)min(first + n, end - 1) * STRIDE + SLABS * E + s);
-#pragma unroll
-    for (int n = 0; n < N; n++) inverse[n] = inverse_rms<D>(squares[n], EPS);
-    choose<N>(sums, inverse, first, end, ids, weights);
+            for (int s = 0; s < SEGMENTS; s++)
+                squares[n][s] = __ldcg(sums + (size_t)min(first + n, end - 1) * STRIDE + PARTS * E + s);
+        choose<N>(sums, squares, first, last, ids, weights);
+    }
 }
 #endif
 
 #if defined(ROUTE_FEW)
-constexpr int TILE_T = WARPS;
 constexpr int LANES_E = TILE_E / NE, LANES_T = TILE_T / NT;
-constexpr int GROUPS = THREADS / (LANES_E * LANES_T);  // of threads: each has the whole tile and its own chains
-constexpr int WIDTH = SLAB / 4, PITCH = WIDTH + 1;     // of a row in shared memory, in fours
+constexpr int WIDTH = SEGMENT / 4, PITCH = WIDTH + 1;  // of a row in shared memory, in fours
 constexpr int TOKEN_PITCH = TILE_E + LANES_E;          // of the chains' sums; no two lanes of a warp share a bank
 constexpr int CHAIN_PITCH = TILE_T * TOKEN_PITCH + 16;
 constexpr int COPIES = TILE_T * WIDTH / THREADS;
-static_assert(LANES_E * LANES_T == 16 && CHAIN_PITCH % 32 == 16, "half a warp a group");
-static_assert(SHARED_SIZE >= (TILE_E + TILE_T) * PITCH * 16, "shared memory holds a slab of the tile's rows");
+static_assert(LANES_E * LANES_T * CHAINS == THREADS && CHAIN_PITCH % 32 == 16, "half a warp a chain");
+static_assert(SHARED_SIZE >= (TILE_E + TILE_T) * PITCH * 16, "shared memory holds a segment of the tile's rows");
 static_assert(SHARED_SIZE >= CHAINS * CHAIN_PITCH * 4, "shared memory holds the chains' sums");
-static_assert(TILE_E * TILE_T <= THREADS && THREADS % WIDTH == 0, "a thread for each sum");
 
-// One slab of the tile's rows, tokens then experts, on its way to shared memory.
+// One segment of the tile's rows, tokens then experts, on its way to shared memory.
 DEVICE void fetch(float4* rows, const float* x, const float* w, int first_token, int limit) {
-    int place = threadIdx.x % WIDTH, column = blockIdx.z * SLAB + place * 4, from = min(column, D - 4);
+    int place = threadIdx.x % WIDTH, column = blockIdx.z * SEGMENT + place * 4;
 #pragma unroll
-    for (int i = threadIdx.x / WIDTH; i < TILE_T + TILE_E; i += THREADS / WIDTH) {
+    for (int k = 0; k < (TILE_T + TILE_E) * WIDTH / THREADS; k++) {
+        int i = threadIdx.x / WIDTH + k * (THREADS / WIDTH);
         int expert = min((int)blockIdx.x * TILE_E + i - TILE_T, E - 1), token = min(first_token + i, limit - 1);
         const float* row = i < TILE_T ? x + (size_t)token * D : w + (size_t)expert * D;
-        copy_async(rows + i * PITCH + place, row + from, column < D);
+        copy_async(rows + i * PITCH + place, row + column);
     }
     commit_copies();
 }
 
-DEVICE void sum_chain(const float4* rows, int chain, float (&sums)[NT][NE]) {
-    int lane_e = threadIdx.x % LANES_E, lane_t = threadIdx.x / LANES_E % LANES_T;
-    const float4 *tokens = rows + lane_t * PITCH + chain, *experts = rows + (TILE_T + lane_e) * PITCH + chain;
+// Half a warp has one chain of the whole tile, whose sums then take the place of the rows.
+DEVICE void sum_chains(float4* rows) {
+    float sums[NT][NE];
+    int lane_e = threadIdx.x % LANES_E, lane_t = threadIdx.x / LANES_E % LANES_T, chain = threadIdx.x / 16;
+    const float4 *tokens = rows + lane_t * PITCH + chain * 2, *experts = rows + (TILE_T + lane_e) * PITCH + chain * 2;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
+        int place = j / 2 * 32 + j % 2;
         float4 w[NE];
 #pragma unroll
-        for (int e = 0; e < NE; e++) w[e] = experts[e * LANES_E * PITCH + j * 32];
+        for (int e = 0; e < NE; e++) w[e] = experts[e * LANES_E * PITCH + place];
 #pragma unroll
         for (int t = 0; t < NT; t++) {
-            float4 y = tokens[t * LANES_T * PITCH + j * 32];
+            float4 y = tokens[t * LANES_T * PITCH + place];
 #pragma unroll
             for (int e = 0; e < NE; e++) {
                 if (j == 0) sums[t][e] = 0;
@@ -271,27 +290,16 @@ DEVICE void sum_chain(const float4* rows, int chain, float (&sums)[NT][NE]) {
             }
         }
     }
-}
-
-// Every thread its chains' sums of the tile, which then take the place of the rows.
-DEVICE void sum_chains(float4* rows) {
-    float sums[CHAINS / GROUPS][NT][NE], *chains = (float*)rows;
-    int lane_e = threadIdx.x % LANES_E, lane_t = threadIdx.x / LANES_E % LANES_T, group = threadIdx.x / 16;
-#pragma unroll
-    for (int i = 0; i < CHAINS / GROUPS; i++) sum_chain(rows, group + i * GROUPS, sums[i]);
     __syncthreads();
+    float* to = (float*)rows + chain * CHAIN_PITCH + lane_t * TOKEN_PITCH + lane_e;
 #pragma unroll
-    for (int i = 0; i < CHAINS / GROUPS; i++)
+    for (int t = 0; t < NT; t++)
 #pragma unroll
-        for (int t = 0; t < NT; t++)
-#pragma unroll
-            for (int e = 0; e < NE; e++)
-                chains[(group + i * GROUPS) * CHAIN_PITCH + (lane_t + t * LANES_T) * TOKEN_PITCH + lane_e +
-                       e * LANES_E] = sums[i][t][e];
+        for (int e = 0; e < NE; e++) to[t * LANES_T * TOKEN_PITCH + e * LANES_E] = sums[t][e];
     __syncthreads();
 }
 
-// Some tokens: grid (tiles of experts, tiles of tokens, slabs); the last block of a tile of tokens chooses for it.
+// Some tokens: grid (tiles of experts, tiles of tokens, segments); the last block of a tile of tokens chooses for it.
 KERNEL(THREADS, 1)
 route_few(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
           int* counters, float* sums) {
@@ -301,11 +309,11 @@ route_few(const float* x, const float* norm, const float* w, const int* count, c
     int number = launch_number<SHARED_SIZE>(), index = number / NORMS;
     fetch(rows, x, w + (size_t)index * E * D, first_token, limit);
     int place = threadIdx.x % WIDTH;
-    float4 g = load_columns(norm + (size_t)(number % NORMS) * D, blockIdx.z * SLAB + place * 4);
+    float4 g = load_columns(norm + (size_t)(number % NORMS) * D, blockIdx.z * SEGMENT + place * 4);
+    for (int k = threadIdx.x / 32; k * (int)gridDim.x < TILE_T; k += WARPS)
+        add_squares<TILE_T, 1>(k, blockIdx.z, x, first_token, limit, sums);
     int end = min(first_token + TILE_T, min(num_tokens, limit));
     if (first_token >= end) return;
-    for (int k = threadIdx.x / 32; k / 2 * (int)gridDim.x < TILE_T; k += WARPS)
-        add_squares<TILE_T>(k, x, first_token, limit, sums);
     wait_copies<0>();
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {  // those that this thread fetched
@@ -314,21 +322,24 @@ route_few(const float* x, const float* norm, const float* w, const int* count, c
     }
     __syncthreads();
     sum_chains(rows);
-    int token = threadIdx.x / TILE_E, lane_e = threadIdx.x % TILE_E, expert = blockIdx.x * TILE_E + lane_e;
-    if (first_token + token < end && token < TILE_T && expert < E) {
-        const float* from = (const float*)shared + token * TOKEN_PITCH + lane_e;
-        float even = from[0], odd = from[CHAIN_PITCH];
 #pragma unroll
-        for (int i = 2; i < CHAINS; i += 2) even += from[i * CHAIN_PITCH], odd += from[(i + 1) * CHAIN_PITCH];
-        sums[(size_t)(first_token + token) * STRIDE + blockIdx.z * E + expert] = even + odd;
+    for (int i = threadIdx.x; i < TILE_T * TILE_E; i += THREADS) {
+        int token = i / TILE_E, expert = blockIdx.x * TILE_E + i % TILE_E;
+        const float* from = (const float*)shared + token * TOKEN_PITCH + i % TILE_E;
+        float sum = 0;
+#pragma unroll
+        for (int chain = 0; chain < CHAINS; chain++) sum += from[chain * CHAIN_PITCH];
+        if (first_token + token < end && expert < E)
+            sums[(size_t)(first_token + token) * STRIDE + blockIdx.z * E + expert] = sum;
     }
-    if (is_last(counters + blockIdx.y, gridDim.x * SLABS)) choose_tile<1>(sums, first_token, end, ids, weights);
+    if (is_last(counters + blockIdx.y, gridDim.x * SEGMENTS))
+        choose_tile<TILE_T / WARPS>(sums, first_token, end, ids, weights);
 }
 #endif
 
 #if defined(ROUTE_MANY)
 constexpr int TILE_E = 128, TILE_T = 64, NE = 8, NT = 8;
-constexpr int STAGES = 3, ROUNDS = CHAINS / 2;  // a round has an even and an odd chain: the two halves of a block
+constexpr int STAGES = 3, ROUNDS = CHAINS;  // a round has a chain of each segment of a pair: the halves of a block
 constexpr int PITCH = 9;                        // of a round's row in shared memory, in fours: 8 are used
 constexpr int STAGE = (TILE_E + TILE_T) * PITCH;
 constexpr int COPIES = TILE_T * 8 / THREADS;
@@ -338,7 +349,7 @@ static_assert(SHARED_SIZE >= NT / 2 * NE * THREADS * 4, "shared memory holds hal
 // The first column of the four that this thread copies of each row in a round, and multiplies by the norm.
 DEVICE int own_column(int round) {
     int place = threadIdx.x % 8;
-    return blockIdx.z * SLAB + place / 2 * 128 + round * 8 + place % 2 * 4;
+    return blockIdx.z * 2 * SEGMENT + place / 2 * 128 + round * 8 + place % 2 * 4;
 }
 
 // One round of the tile's rows, tokens then experts.
@@ -361,10 +372,10 @@ DEVICE void add_chain(const float4* tokens, const float4* experts, float (&total
     for (int j = 0; j < 4; j++) {
         float4 w[NE];
 #pragma unroll
-        for (int e = 0; e < NE; e++) w[e] = experts[e * 8 * PITCH + j * 2];
+        for (int e = 0; e < NE; e++) w[e] = experts[e * 8 * PITCH + j];
 #pragma unroll
         for (int t = 0; t < NT; t++) {
-            float4 y = tokens[t * 4 * PITCH + j * 2];
+            float4 y = tokens[t * 4 * PITCH + j];
 #pragma unroll
             for (int e = 0; e < NE; e++) {
                 if (j == 0) sums[t][e] = 0;
@@ -378,28 +389,29 @@ DEVICE void add_chain(const float4* tokens, const float4* experts, float (&total
         for (int e = 0; e < NE; e++) totals[t][e] += sums[t][e];
 }
 
-// Even plus odd chains: a thread of the even half finishes the first four tokens, of the odd half the others.
+// The segments of the pair are added: a thread of the first half finishes its first four tokens, of the second the
+// others.
 DEVICE void finish_sums(float* exchange, float (&totals)[NT][NE], int token, int expert, int end, float* sums) {
-    bool is_odd = threadIdx.x >= THREADS / 2;
+    bool is_second = threadIdx.x >= THREADS / 2;
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < NT / 2; t++)
 #pragma unroll
         for (int e = 0; e < NE; e++)
-            exchange[(t * NE + e) * THREADS + threadIdx.x] = is_odd ? totals[t][e] : totals[t + NT / 2][e];
+            exchange[(t * NE + e) * THREADS + threadIdx.x] = is_second ? totals[t][e] : totals[t + NT / 2][e];
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < NT / 2; t++)
 #pragma unroll
         for (int e = 0; e < NE; e++) {
             float other = exchange[(t * NE + e) * THREADS + (threadIdx.x ^ (THREADS / 2))];
-            float total = (is_odd ? totals[t + NT / 2][e] : totals[t][e]) + other;
-            int row = token + (is_odd ? t + NT / 2 : t) * 4;
+            float total = (is_second ? totals[t + NT / 2][e] : totals[t][e]) + other;
+            int row = token + (is_second ? t + NT / 2 : t) * 4;
             if (row < end && expert + e * 8 < E) sums[(size_t)row * STRIDE + blockIdx.z * E + expert + e * 8] = total;
         }
 }
 
-// Many tokens: grid and last block as route_few. The even half of a block sums the even chains.
+// Many tokens: grid as route_few, but pairs of segments, of which each half of a block has one.
 KERNEL(THREADS, 1)
 route_many(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
            int* counters, float* sums) {
@@ -413,15 +425,17 @@ route_many(const float* x, const float* norm, const float* w, const int* count, 
     w += (size_t)index * E * D;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / 4;
     int token = warp % 4 / 2 * 32 + lane / 8, expert = warp % 2 * 64 + lane % 8;
-    float totals[NT][NE];
-#pragma unroll
-    for (int i = 0; i < NT * NE; i++) totals[i / NE][i % NE] = 0;
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
         fetch(stages + s * STAGE, s, x, w, first_token, limit);
         commit_copies();
     }
     float4 next = load_columns(g, own_column(0));
+    for (int k = warp / 2 * 8; k * (int)gridDim.x < TILE_T; k += 32)
+        add_squares<TILE_T, 8>(k, blockIdx.z * 2 + warp % 2, x, first_token, limit, sums);
+    float totals[NT][NE];
+#pragma unroll
+    for (int i = 0; i < NT * NE; i++) totals[i / NE][i % NE] = 0;
 #pragma unroll 1
     for (int round = 0; round < ROUNDS; round++) {
         float4 *stage = stages + round % STAGES * STAGE, factor = next;
@@ -436,11 +450,10 @@ route_many(const float* x, const float* norm, const float* w, const int* count, 
         int later = round + STAGES - 1;
         if (later < ROUNDS) fetch(stages + later % STAGES * STAGE, later, x, w, first_token, limit);
         commit_copies();
-        add_chain(stage + token * PITCH + half, stage + (TILE_T + expert) * PITCH + half, totals);
-        add_squares<TILE_T>(round * WARPS + warp, x, first_token, limit, sums);
+        add_chain(stage + token * PITCH + half * 4, stage + (TILE_T + expert) * PITCH + half * 4, totals);
     }
     finish_sums((float*)shared, totals, first_token + token, blockIdx.x * TILE_E + expert, end, sums);
-    if (!is_last(counters + blockIdx.y, gridDim.x * SLABS)) return;
+    if (!is_last(counters + blockIdx.y, gridDim.x * PAIRS)) return;
     choose_tile<TILE_T / WARPS>(sums, first_token, end, ids, weights);
 }
 #endif

@@ -29,10 +29,8 @@ MAX_EXPERTS_PER_TOKEN: Final = 16
 _VARIANTS: Final = (1, 8, 64, 2048)
 _COMPARED_ROWS: Final = (1, 3, 13, 64, 300, 1100)
 _COMPARED_TILES: Final = (8, 32, 64)
-_SLAB: Final = 512  # columns that a block sums
 _THREADS: Final = 256
 _ROW_EXPERTS: Final = 2
-_FEW_TOKENS: Final = 8
 _MANY_EXPERTS, _MANY_TOKENS, _MANY_STAGES = 128, 64, 3
 _MOST_FEW: Final = 1024  # rows of which one tile of route_few a block takes less time than route_many's
 
@@ -42,7 +40,7 @@ Variant = tuple[str, str, Defines, int]
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a kernel cuts the router's work: experts and tokens of a block, macros and shared memory for that."""
+    """How a kernel cuts the router's work: experts and tokens of a block, its macros and shared memory."""
 
     name: str
     experts: int
@@ -56,10 +54,9 @@ def _cut(rows: int) -> _Cut:
         return _Cut("route_row", _ROW_EXPERTS, 1, {"ROUTE_ROW": 1}, 0)
     if rows <= _MOST_FEW:
         # few tokens: many small blocks, or the weights would come through too few multiprocessors
-        experts, each = (8, 2) if rows <= 16 else (32, 4)
-        size = (experts + _FEW_TOKENS) * (_SLAB // 4 + 1) * 16
-        defines: Defines = {"ROUTE_FEW": 1, "TILE_E": experts, "NE": each, "NT": each}
-        return _Cut("route_few", experts, _FEW_TOKENS, defines, size)
+        experts, tokens, each = (16, 8, (4, 2)) if rows <= 16 else (32, 16, (4, 8))
+        defines: Defines = {"ROUTE_FEW": 1, "TILE_E": experts, "TILE_T": tokens, "NE": each[0], "NT": each[1]}
+        return _Cut("route_few", experts, tokens, defines, (experts + tokens) * (SEGMENT // 4 + 1) * 16)
     size = _MANY_STAGES * (_MANY_EXPERTS + _MANY_TOKENS) * 9 * 16
     return _Cut("route_many", _MANY_EXPERTS, _MANY_TOKENS, {"ROUTE_MANY": 1}, size)
 
@@ -86,7 +83,7 @@ def route(
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.int32),
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.float32),
         jax.ShapeDtypeStruct(counters.shape, jnp.int32),
-        jax.ShapeDtypeStruct((rows, _num_sums(config)), jnp.float32),
+        jax.ShapeDtypeStruct((rows, _num_sums(name, config)), jnp.float32),
     )
     ids, weights, counters, _ = ptx.launch(
         FILE,
@@ -103,13 +100,15 @@ def route(
     return ids, weights, counters
 
 
-def _num_slabs(config: ModelConfig) -> int:
-    return -(-config.d_model // _SLAB)
+def _num_parts(name: str, config: ModelConfig) -> int:
+    """How many sums of each logit the blocks leave for the last one: of segments, or of pairs of them."""
+    num_segments = config.d_model // SEGMENT
+    return num_segments if name == "route_few" else -(-num_segments // 2)
 
 
-def _num_sums(config: ModelConfig) -> int:
-    """Floats that blocks leave of a token for the last one: each slab's logits and the sums of squares."""
-    return -(-(_num_slabs(config) * config.num_experts + config.d_model // SEGMENT) // 4) * 4
+def _num_sums(name: str, config: ModelConfig) -> int:
+    """Floats that blocks leave of a token for the last one: parts of logits and the sums of squares."""
+    return -(-(_num_parts(name, config) * config.num_experts + config.d_model // SEGMENT) // 4) * 4
 
 
 def _route_launch(
@@ -132,7 +131,7 @@ def _route_launch(
     if rows == 1:
         return cut.name, defines, (expert_tiles, 1, 1), 0
     defines["REST"] = rows - (token_tiles - 1) * cut.tokens
-    return cut.name, defines, (expert_tiles, token_tiles, _num_slabs(config)), cut.shared_size
+    return cut.name, defines, (expert_tiles, token_tiles, _num_parts(cut.name, config)), cut.shared_size
 
 
 def _check_experts(config: ModelConfig) -> None:
