@@ -22,7 +22,7 @@ FEW_ROWS = 64  # up to here all segments of a product are read at once, above it
 FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
 _ROW, _FEW, _MANY = "matmul_row.cu", "matmul_few.cu", "matmul_many.cu"
 _MANY_THREADS = 256
-_COLUMN_TILES = 2  # tiles of 8 columns that a warp multiplies its rows by
+_MANY_OUTPUTS = 16384  # from so many outputs on the kernel for many rows has enough blocks for a few of them
 _REGISTERS = 65536  # of a multiprocessor
 _HALF_ROWS = 64
 _SHARED_OF_TWO_BLOCKS = 113 << 10
@@ -77,8 +77,12 @@ def tile_length(num_rows: int) -> int:
 
 
 def _is_few(num_rows: int) -> bool:
+    return num_rows <= FEW_ROWS or not _has_many()
+
+
+def _has_many() -> bool:
     # the kernel for many rows takes more shared memory than the smaller GPUs have
-    return num_rows <= FEW_ROWS or _shared_limit() <= _SMALL_SHARED
+    return _shared_limit() > _SMALL_SHARED
 
 
 def _shared_limit() -> int:
@@ -144,6 +148,15 @@ def _row_size(w: QuantTensor) -> int:
     return _shared_rows_size(w, 16, 16) // 16
 
 
+def _column_tiles(num_rows: int, segments: int) -> int:
+    """Tiles of 8 rows that share a block: two, where their inputs leave room for two blocks."""
+    return 2 if num_rows > 8 and segments <= 8 else 1
+
+
+def _inputs_size(segments: int, tiles: int) -> int:
+    return segments * 8 * tiles * (SEGMENT + 32 + 80)
+
+
 def _row_launch(row_size: int, tasks_a_row: int) -> tuple[dict[str, int | float | str], int]:
     """Macros and shared memory of a kernel for one row, whose blocks keep as many weight rows as fit."""
     fixed = 24 << 10  # the inputs and the sums
@@ -193,11 +206,10 @@ def dense(
         launch, size = _row_launch(max(map(_row_size, weights)), segments)
         defines |= launch | ({"NORMED": 1} if isinstance(inputs, Row) else {})
         grid = (all_rows // int(launch["ROWS"]), 1, 1)
-    elif _is_few(num_rows):
-        file, tiles, threads = _FEW, max(1, min(num_rows // 8, _COLUMN_TILES)), _threads(segments)
-        defines |= {"COLUMN_TILES": tiles, "THREADS": threads}
-        defines |= {"BLOCKS_AN_SM": _blocks(threads, 80 if tiles == 1 else 128)}
-        size = segments * 16 * (8 * tiles + 1) * 4
+    elif _is_few(num_rows) and not (all_rows >= _MANY_OUTPUTS and num_rows > 16 and _has_many()):
+        file, tiles, threads = _FEW, _column_tiles(num_rows, segments), _threads(segments)
+        defines |= {"COLUMN_TILES": tiles, "THREADS": threads, "BLOCKS_AN_SM": 1}
+        size = max(_shared_rows_size(w, 16, 32) for w in weights) + _inputs_size(segments, tiles)
         grid = (-(-num_rows // (8 * tiles)), all_rows // 16, 1)
     else:
         file, (many, size) = _MANY, _many(weights)
@@ -252,8 +264,14 @@ def gate_up(
     size = 0
     file = _FEW if _is_few(num_rows) else _MANY
     if file == _FEW:
-        threads = _threads(2 * gate.shape[-1] // SEGMENT, most=8)
-        defines |= {"COLUMN_TILES": 1, "THREADS": threads, "BLOCKS_AN_SM": _blocks(threads, 96)}
+        segments = gate.shape[-1] // SEGMENT
+        threads = _threads(4 * segments)
+        size = sum(_shared_rows_size(w, 32, 16) for w in (gate, up)) + _inputs_size(segments, 1)
+        defines |= {
+            "COLUMN_TILES": 1,
+            "THREADS": threads,
+            "BLOCKS_AN_SM": 2 if 2 * size <= _shared_limit() else 1,
+        }
         grid = (width // 32, groups.tiles.shape[0], 1)
     else:
         many, size = _many([gate, up])
@@ -307,7 +325,10 @@ def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, inde
         row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
         threads = _threads(row_tiles * segments)
         defines |= {"COLUMN_TILES": 1, "ROW_TILES": row_tiles, "THREADS": threads}
-        defines |= {"BLOCKS_AN_SM": _blocks(threads, 80)}
+        size = max(
+            _shared_rows_size(w, 16 * row_tiles, 32) + _inputs_size(segments, 1), row_tiles * segments * 576
+        )
+        defines |= {"BLOCKS_AN_SM": min(_blocks(threads, 56), max(1, _shared_limit() // size))}
         grid = (width // (16 * row_tiles), groups.tiles.shape[0], 1)
     else:
         many, size = _many([w])

@@ -1,62 +1,112 @@
-// Products of few rows: a warp takes 16 rows of a weight and one segment, so that all of a block's weights are on
-// their way at once; the segments meet in shared memory. COLUMN_TILES tiles of 8 rows of the step are multiplied together.
+// Products of few rows: all of a block's weights and inputs come to shared memory in the background; then a warp takes
+// 16 rows of a weight, one segment and COLUMN_TILES * 8 inputs; the segments meet in shared memory.
 #include "weights.cuh"
 
 extern __shared__ __align__(16) u8 shared[];
 
-// --- Few columns: a warp takes 16 rows of one segment, so that all of a block's weights are on their way at
-// once; the segments meet in shared memory.
+constexpr int WARPS = THREADS / 32, TILES = COLUMN_TILES, COLUMNS = 8 * TILES;
 
-template <class F> struct Unit {
-    Codes<F> codes[F::WORDS];
-    Scales<F> scales;
+// COLUMNS rows of inputs in shared memory, by segment and column.
+struct Inputs {
+    static constexpr int CODE_STRIDE = SEGMENT + 32, SCALE_STRIDE = 80;  // banks kept apart
+    static constexpr int AT_SCALES = SEGMENTS * COLUMNS * CODE_STRIDE, SIZE = AT_SCALES + SEGMENTS * COLUMNS * SCALE_STRIDE;
 
-    METHOD void read(const Weight& w, size_t first_row, int segment) {
-        int lane = threadIdx.x & 31;
-        size_t row = first_row + (lane >> 2);
-        constexpr size_t stride = (size_t)K * F::BITS / 8;
-        const u8* p = w.codes + row * stride + segment * F::BYTES + (lane & 3) * F::WORD;
-#pragma unroll
-        for (int i = 0; i < F::WORDS; i++) codes[i].template read<true>(p + i * 4 * F::WORD, stride);
-        scales.read(w, row, segment);
-    }
-    template <int TILES, class Inputs> METHOD void multiply(float (&sums)[TILES][4], const Inputs& inputs, int segment) const {
-#pragma unroll
-        for (int n = 0; n < TILES; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
-#pragma unroll
-        for (int block = 0; block < 8; block++) {
-            Block<F> weights(codes[block / F::BLOCKS_A_WORD], scales, block);
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-                weights.add(sums[n], inputs.codes(n, segment, block), inputs.scales(n, segment, block));
+    // row(column): which row of the inputs is meant.
+    template <class Row> METHOD static void copy(u8* to, const i8* codes, const float* scales, Row row) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < COLUMNS * SEGMENTS * 16; i += THREADS) {
+            int column = i / (SEGMENTS * 16), chunk = i % (SEGMENTS * 16);
+            copy_async(to + (chunk / 16 * COLUMNS + column) * CODE_STRIDE + chunk % 16 * 16, codes + (size_t)row(column) * K + chunk * 16);
+        }
+#pragma unroll 1
+        for (int i = threadIdx.x; i < COLUMNS * SEGMENTS * 4; i += THREADS) {
+            int column = i / (SEGMENTS * 4), chunk = i % (SEGMENTS * 4);
+            copy_async(to + AT_SCALES + (chunk / 4 * COLUMNS + column) * SCALE_STRIDE + chunk % 4 * 16,
+                       (const u8*)scales + (size_t)row(column) * (K / 4) + chunk * 16);
         }
     }
 };
-// Rows of inputs in global memory; lane l reads the codes of its column l/4 and the scales of two columns.
-template <int TILES, int INPUTS> struct GlobalRows {
-    const u8* codes_[TILES];
-    const float2 *first[TILES], *second[TILES];
-    METHOD uint2 codes(int n, int segment, int block) const {
-        return *(const uint2*)(codes_[n] + segment * SEGMENT + block * 32);
-    }
-    METHOD float4 scales(int n, int segment, int block) const {
-        float2 a = first[n][segment * 8 + block], b = second[n][segment * 8 + block];
-        return make_float4(a.x, a.y, b.x, b.y);
-    }
-    template <class Row> METHOD void at(const i8* codes, const float* scales, Row row) {  // row(column) -> row of the inputs
-        int lane = threadIdx.x & 31;
+
+// The scales of a lane's two rows for four blocks, read as they lie.
+template <class F, class Rows> struct QuarterScales {
+    static constexpr int S_WORDS = F::SPLIT ? 2 : 1, D_WORDS = F::BLOCK == SEGMENT ? 1 : F::WIDE_D ? 4 : 2;
+    u32 s[2][S_WORDS], m[2], d[2][D_WORDS], d_m[2][D_WORDS];
+
+    METHOD QuarterScales(const u8* from, int row, int segment, int half) {
+        if constexpr (F::HALF) return;
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            codes_[n] = (const u8*)codes + (size_t)row(8 * n + (lane >> 2)) * INPUTS + (lane & 3) * 8;
-            first[n] = (const float2*)scales + (size_t)row(8 * n + 2 * (lane & 3)) * (INPUTS / 32);
-            second[n] = (const float2*)scales + (size_t)row(8 * n + 2 * (lane & 3) + 1) * (INPUTS / 32);
+        for (int h = 0; h < 2; h++) {
+            int at = row + 8 * h;
+            read_d(d[h], from + Rows::at_d(at, segment), half);
+            if constexpr (F::D_M) read_d(d_m[h], from + Rows::at_d_m(at, segment), half);
+            const u32* p = (const u32*)(from + Rows::at_s(at, segment)) + half * S_WORDS;
+            if constexpr (F::S)
+#pragma unroll
+                for (int i = 0; i < S_WORDS; i++) s[h][i] = p[i];
+            if constexpr (F::M) m[h] = ((const u32*)(from + Rows::at_m(at, segment)))[half];
         }
     }
+    METHOD static void read_d(u32 (&words)[D_WORDS], const u8* p, int half) {
+        if constexpr (F::BLOCK == SEGMENT) {
+            words[0] = *(const u16*)p;
+        } else {
+#pragma unroll
+            for (int i = 0; i < D_WORDS; i++) words[i] = ((const u32*)p)[half * D_WORDS + i];
+        }
+    }
+    METHOD static float d_of(const u32 (&words)[D_WORDS], int block) {
+        if constexpr (F::BLOCK == SEGMENT) return half_to_float((u16)words[0]);
+        if constexpr (F::WIDE_D) return __uint_as_float(words[block % D_WORDS]);
+        return half_to_float((u16)(words[block / 2 % D_WORDS] >> (16 * (block & 1))));
+    }
+    METHOD void scale(int h, int block, int part, float& sd, float& minus_magic) const {
+        sd = d_of(d[h], block);
+        if constexpr (F::S) sd = times_byte<F>(sd, s[h], F::SPLIT ? 2 * block + part : block);
+        minus_magic = -MAGIC * sd;
+    }
+    METHOD float minimum(int h, int block) const {
+        float md = d_of(d_m[h], block);
+        if constexpr (F::M) md = times_byte<F>(md, &m[h], block);
+        return -md;
+    }
 };
+
+// 16 rows from `row` on, one segment, all columns.
+template <class F, class Rows> DEVICE void multiply(float (&sums)[TILES][4], const u8* from, const u8* inputs, int row, int segment) {
+    int lane = threadIdx.x & 31;
+    row += lane >> 2;
+    const u8* codes = from + Rows::at_codes(row, segment) + (lane & 3) * F::WORD;
+    const u8* x = inputs + (segment * COLUMNS + (lane >> 2)) * Inputs::CODE_STRIDE + (lane & 3) * 8;
+    const u8* s = inputs + Inputs::AT_SCALES + (segment * COLUMNS + 2 * (lane & 3)) * Inputs::SCALE_STRIDE;
+#pragma unroll
+    for (int n = 0; n < TILES; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+        QuarterScales<F, Rows> scales(from, row, segment, half);
+#pragma unroll
+        for (int word = 0; word < F::WORDS / 2; word++) {
+            Codes<F> words;
+            words.template read<false>(codes + (half * (F::WORDS / 2) + word) * 4 * F::WORD, Rows::CODE_STRIDE);
+#pragma unroll
+            for (int i = 0; i < F::BLOCKS_A_WORD; i++) {
+                int in_half = word * F::BLOCKS_A_WORD + i, block = half * 4 + in_half;
+                Block<F> weights(words, scales, in_half);
+#pragma unroll
+                for (int n = 0; n < TILES; n++) {
+                    uint2 codes_of_x = *(const uint2*)(x + n * 8 * Inputs::CODE_STRIDE + block * 32);
+                    const u8* p = s + n * 8 * Inputs::SCALE_STRIDE + block * 8;
+                    float2 first = *(const float2*)p, second = *(const float2*)(p + Inputs::SCALE_STRIDE);
+                    weights.add(sums[n], codes_of_x, make_float4(first.x, first.y, second.x, second.y));
+                }
+            }
+        }
+    }
+}
+
 // The sums of a unit [16, COLUMNS] in shared memory; a column more keeps the banks apart.
-template <int COLUMNS> struct Partial {
+struct Partial {
     float sums[16][COLUMNS + 1];
-    template <int TILES> METHOD void put(const float (&from)[TILES][4]) {
+    METHOD void put(const float (&from)[TILES][4]) {
         int lane = threadIdx.x & 31, row = lane >> 2, column = 2 * (lane & 3);
 #pragma unroll
         for (int n = 0; n < TILES; n++)
@@ -64,49 +114,53 @@ template <int COLUMNS> struct Partial {
             for (int e = 0; e < 4; e++) sums[row + 8 * (e >> 1)][8 * n + column + (e & 1)] = from[n][e];
     }
 };
-template <int COUNT, int COLUMNS> DEVICE float total(const Partial<COLUMNS>* parts, int row, int column) {
+DEVICE float total(const Partial* parts, int row, int column) {
     float sum = parts[0].sums[row][column];
 #pragma unroll
-    for (int i = 1; i < COUNT; i++) sum = sum + parts[i].sums[row][column];
+    for (int i = 1; i < SEGMENTS; i++) sum = sum + parts[i].sums[row][column];
     return sum;
 }
 
-constexpr int TILES = COLUMN_TILES, COLUMNS = 8 * TILES;
-constexpr int WARPS = THREADS / 32;
+// Multiply units warp, warp + WARPS ... and leave their sums in `shared`, in the place of the weights.
+template <int UNITS, class Unit> DEVICE Partial* each_unit(Unit unit) {
+    constexpr int TURNS = (UNITS + WARPS - 1) / WARPS;
+    static_assert(UNITS * sizeof(Partial) <= SHARED_SIZE, "the sums must fit");
+    int warp = threadIdx.x >> 5;
+    float sums[TURNS][TILES][4];
+#pragma unroll
+    for (int i = 0; i < TURNS; i++)
+        if (warp + i * WARPS < UNITS) unit(sums[i], warp + i * WARPS);
+    __syncthreads();
+    Partial* parts = (Partial*)shared;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++)
+        if (warp + i * WARPS < UNITS) parts[warp + i * WARPS].put(sums[i]);
+    __syncthreads();
+    return parts;
+}
 
 #ifdef DENSE
-constexpr int UNITS = SEGMENTS, TURNS = (UNITS + WARPS - 1) / WARPS;
 constexpr int ALL_ROWS = ROWS_0 + ROWS_1 + ROWS_2;
 
 template <class F>
-DEVICE void dense(const Weight& w, int rows, int row, int out_row,
-                  const i8* codes, const float* scales,
-                  const float* residual, const int* count, float* out) {
-    int warp = threadIdx.x >> 5, num_columns = count[0];
-    Unit<F> units[TURNS];
-#pragma unroll
-    for (int i = 0; i < TURNS; i++) {
-        int segment = warp + i * WARPS;
-        if (segment < SEGMENTS) units[i].read(w, (size_t)stack_index() * rows + row, segment);
-    }
-    auto* parts = (Partial<COLUMNS>*)shared;
-    static_assert(sizeof(Partial<COLUMNS>) * SEGMENTS <= SHARED_SIZE, "a partial sum a segment must fit");
-    GlobalRows<TILES, K> inputs;
-    inputs.at(codes, scales, [](int column) { return min((int)blockIdx.x * COLUMNS + column, NUM_ROWS - 1); });
-#pragma unroll
-    for (int i = 0; i < TURNS; i++) {
-        int segment = warp + i * WARPS;
-        if (segment >= SEGMENTS) break;
-        float sums[TILES][4];
-        units[i].template multiply<TILES>(sums, inputs, segment);
-        parts[segment].put(sums);
-    }
+DEVICE void dense(const Weight& w, int rows, int row, int out_row, const i8* codes, const float* scales, const float* residual,
+                  const int* count, float* out) {
+    using Rows = SharedRows<F, SEGMENTS, 16, true, 32>;
+    static_assert(Rows::SIZE + Inputs::SIZE <= SHARED_SIZE, "weights and inputs must fit");
+    size_t first = (size_t)stack_index() * rows + row;
+    int column0 = blockIdx.x * COLUMNS, num_columns = count[0];
+    Rows::template copy<1>(shared, w, [=](int) { return first; });
+    Inputs::copy(shared + Rows::SIZE, codes, scales, [=](int column) { return min(column0 + column, NUM_ROWS - 1); });
+    commit_copies();
+    wait_copies<0>();
     __syncthreads();
+    Partial* parts = each_unit<SEGMENTS>(
+        [&](float (&sums)[TILES][4], int segment) { multiply<F, Rows>(sums, shared, shared + Rows::SIZE, 0, segment); });
     for (int i = threadIdx.x; i < 16 * COLUMNS; i += THREADS) {
-        int column = blockIdx.x * COLUMNS + i / 16, r = i % 16;
-        if (column >= num_columns) break;
-        size_t at = (size_t)column * ALL_ROWS + out_row + r;
-        float sum = total<SEGMENTS>(parts, r, i / 16);
+        int column = i / 16, r = i % 16;
+        if (column0 + column >= num_columns) break;
+        size_t at = (size_t)(column0 + column) * ALL_ROWS + out_row + r;
+        float sum = total(parts, r, column);
 #ifdef RESIDUAL
         sum = residual[at] + sum;
 #endif
@@ -114,9 +168,7 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row,
     }
 }
 
-KERNEL(THREADS, BLOCKS_AN_SM) NAME(
-    const i8* codes, const float* scales,
-    WEIGHT(0),
+KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, WEIGHT(0),
 #if ROWS_1
     WEIGHT(1), WEIGHT(2),
 #endif
@@ -127,56 +179,53 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(
 #endif
     const int* count, float* out) {
     int row = blockIdx.y * 16;
-    if (row < ROWS_0) {
-        dense<FORMAT_0>(GIVEN(0), ROWS_0, row, row, codes, scales, residual, count, out);
-        return;
-    }
 #if ROWS_1
-    if (row < ROWS_0 + ROWS_1)
-        dense<FORMAT_1>(GIVEN(1), ROWS_1, row - ROWS_0, row, codes, scales, residual, count, out);
+    // weights of one format share the code: less of it to fetch
+    bool is_1 = row >= ROWS_0 && row < ROWS_0 + ROWS_1, is_2 = row >= ROWS_0 + ROWS_1;
+    int before = is_2 ? ROWS_0 + ROWS_1 : is_1 ? ROWS_0 : 0, rows = is_2 ? ROWS_2 : is_1 ? ROWS_1 : ROWS_0;
+    Weight w = choose(is_2, GIVEN(2), choose(is_1, GIVEN(1), GIVEN(0)));
+    if (is_2 && !IS_SAME<FORMAT_0, FORMAT_2>)
+        dense<FORMAT_2>(w, rows, row - before, row, codes, scales, residual, count, out);
+    else if (is_1 && !IS_SAME<FORMAT_0, FORMAT_1>)
+        dense<FORMAT_1>(w, rows, row - before, row, codes, scales, residual, count, out);
     else
-        dense<FORMAT_2>(GIVEN(2), ROWS_2, row - ROWS_0 - ROWS_1, row, codes, scales, residual, count, out);
+        dense<FORMAT_0>(w, rows, row - before, row, codes, scales, residual, count, out);
+#else
+    dense<FORMAT_0>(GIVEN(0), ROWS_0, row, row, codes, scales, residual, count, out);
 #endif
 }
 #endif  // DENSE
 
 #ifdef GATE_UP
-// h = silu(gate) * up for 32 of the F rows and a tile of pairs, rounded. Units are (gate or up, 16 rows, segment),
-// in turns: while one is multiplied the next one's weights are on their way.
-constexpr int UNITS = 2 * SEGMENTS, TURNS = (UNITS + WARPS - 1) / WARPS;
-
+// h = silu(gate) * up for 32 of the F rows and a tile of pairs, rounded. Units are (gate or up, 16 rows, segment).
 KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
                         WEIGHT(0), WEIGHT(1), i8* out_codes, float* out_scales) {
     if (blockIdx.y >= num_tiles[0]) return;
     PairTile tile(pairs, tiles);
-    int warp = threadIdx.x >> 5, first = blockIdx.x * 32, num_columns = tile.count;
-    size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
-    __shared__ Partial<COLUMNS> gate_parts[UNITS], up_parts[UNITS];
+    using Gate = SharedRows<FORMAT_0, SEGMENTS, 32, true, 16>;
+    using Up = SharedRows<FORMAT_1, SEGMENTS, 32, true, 16>;
+    constexpr int UP = Gate::SIZE, INPUTS = UP + Up::SIZE, UNITS = 2 * SEGMENTS;
+    static_assert(INPUTS + Inputs::SIZE <= SHARED_SIZE, "weights and inputs must fit");
     __shared__ float h[COLUMNS * H_STRIDE];
-    Unit<FORMAT_0> gate;
-    Unit<FORMAT_1> up;
-    auto at = [&](int unit) { return row + 16 * (unit / SEGMENTS); };
-    if (warp < UNITS) gate.read(GIVEN(0), at(warp), warp % SEGMENTS);
-    GlobalRows<TILES, K> inputs;
-    inputs.at(codes, scales, [&](int column) { return tile.pair(column) / ACTIVE; });
-#pragma unroll
-    for (int i = 0; i < TURNS; i++) {
-        int unit = warp + i * WARPS, next = unit + WARPS;
-        if (unit >= UNITS) break;
-        up.read(GIVEN(1), at(unit), unit % SEGMENTS);
-        float sums[TILES][4];
-        gate.template multiply<TILES>(sums, inputs, unit % SEGMENTS);
-        gate_parts[unit].put(sums);
-        if (i + 1 < TURNS && next < UNITS) gate.read(GIVEN(0), at(next), next % SEGMENTS);
-        up.template multiply<TILES>(sums, inputs, unit % SEGMENTS);
-        up_parts[unit].put(sums);
-    }
+    int first = blockIdx.x * 32, num_columns = tile.count;
+    size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
+    Gate::template copy<1>(shared, GIVEN(0), [=](int) { return row; });
+    Up::template copy<1>(shared + UP, GIVEN(1), [=](int) { return row; });
+    Inputs::copy(shared + INPUTS, codes, scales, [&](int column) { return tile.pair(column) / ACTIVE; });
+    commit_copies();
+    wait_copies<0>();
     __syncthreads();
+    Partial* parts = each_unit<2 * UNITS>([&](float (&sums)[TILES][4], int unit) {
+        bool is_up = unit >= UNITS;
+        int r = unit / SEGMENTS % 2 * 16, segment = unit % SEGMENTS;
+        if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
+            multiply<FORMAT_0, Gate>(sums, shared + (is_up ? UP : 0), shared + INPUTS, r, segment);
+        else
+            multiply<FORMAT_1, Up>(sums, shared + UP, shared + INPUTS, r, segment);
+    });
     for (int i = threadIdx.x; i < 32 * num_columns; i += THREADS) {
         int column = i / 32, r = i % 32, part = r / 16 * SEGMENTS;
-        float gate_sum = total<SEGMENTS>(gate_parts + part, r % 16, column);
-        float up_sum = total<SEGMENTS>(up_parts + part, r % 16, column);
-        h[column * H_STRIDE + r] = swiglu(gate_sum, up_sum);
+        h[column * H_STRIDE + r] = swiglu(total(parts + part, r % 16, column), total(parts + UNITS + part, r % 16, column));
     }
     __syncthreads();
     put_hidden(h, num_columns, ROWS_0, first, out_codes, out_scales, [&](int column) { return tile.pair(column); });
@@ -185,37 +234,26 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const i
 
 #ifdef DOWN
 // y of each pair of a tile, 16 * ROW_TILES rows a block.
-constexpr int UNITS = ROW_TILES * SEGMENTS, TURNS = (UNITS + WARPS - 1) / WARPS;
-
 KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
                         WEIGHT(0), float* out) {
     if (blockIdx.y >= num_tiles[0]) return;
     PairTile tile(pairs, tiles);
-    int warp = threadIdx.x >> 5, first = blockIdx.x * 16 * ROW_TILES;
-    size_t matrix_row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
-    Unit<FORMAT_0> units[TURNS];
-#pragma unroll
-    for (int i = 0; i < TURNS; i++) {
-        int unit = warp + i * WARPS;
-        if (unit >= UNITS) break;
-        units[i].read(GIVEN(0), matrix_row + 16 * (unit / SEGMENTS), unit % SEGMENTS);
-    }
-    __shared__ Partial<COLUMNS> parts[UNITS];
-    GlobalRows<TILES, K> inputs;
-    inputs.at(codes, scales, [&](int column) { return tile.pair(column); });
-#pragma unroll
-    for (int i = 0; i < TURNS; i++) {
-        int unit = warp + i * WARPS;
-        if (unit >= UNITS) break;
-        float sums[TILES][4];
-        units[i].template multiply<TILES>(sums, inputs, unit % SEGMENTS);
-        parts[unit].put(sums);
-    }
-    __syncthreads();
     constexpr int ROWS = 16 * ROW_TILES;
+    using Rows = SharedRows<FORMAT_0, SEGMENTS, ROWS, true, 32>;
+    static_assert(Rows::SIZE + Inputs::SIZE <= SHARED_SIZE, "weights and inputs must fit");
+    int first = blockIdx.x * ROWS;
+    size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
+    Rows::template copy<1>(shared, GIVEN(0), [=](int) { return row; });
+    Inputs::copy(shared + Rows::SIZE, codes, scales, [&](int column) { return tile.pair(column); });
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    Partial* parts = each_unit<ROW_TILES * SEGMENTS>([&](float (&sums)[TILES][4], int unit) {
+        multiply<FORMAT_0, Rows>(sums, shared, shared + Rows::SIZE, unit / SEGMENTS * 16, unit % SEGMENTS);
+    });
     for (int i = threadIdx.x; i < ROWS * tile.count; i += THREADS) {
         int column = i / ROWS, r = i % ROWS;
-        out[(size_t)tile.pair(column) * ROWS_0 + first + r] = total<SEGMENTS>(parts + r / 16 * SEGMENTS, r % 16, column);
+        out[(size_t)tile.pair(column) * ROWS_0 + first + r] = total(parts + r / 16 * SEGMENTS, r % 16, column);
     }
 }
-#endif
+#endif  // DOWN

@@ -130,7 +130,7 @@ constexpr int ALL_ROWS = ROWS_0 + ROWS_1 + ROWS_2;
 #endif
 
 template <class F> DEVICE void dense(const Weight& w, int rows, int row, int out_row, INPUT, const float* residual, float* out) {
-    using Rows = SharedRows<F, SEGMENTS, ROWS, false>;
+    using Rows = SharedRows<F, SEGMENTS, ROWS, false, 16>;
     static_assert(Rows::SIZE <= SHARED_SIZE, "the weights must fit");
     __shared__ SharedRow<SEGMENTS> input;
     __shared__ float sums[Rows::TASKS];
@@ -193,8 +193,8 @@ KERNEL(THREADS, 1) NAME(INPUT, WEIGHT(0),
 #ifdef GATE_UP
 // h = silu(gate) * up for ROWS of the F rows of one expert.
 KERNEL(THREADS, 1) NAME(const float* x, const float* norm, const int* ids, WEIGHT(0), WEIGHT(1), float* out) {
-    using Gate = SharedRows<FORMAT_0, SEGMENTS, ROWS, false>;
-    using Up = SharedRows<FORMAT_1, SEGMENTS, ROWS, false>;
+    using Gate = SharedRows<FORMAT_0, SEGMENTS, ROWS, false, 16>;
+    using Up = SharedRows<FORMAT_1, SEGMENTS, ROWS, false, 16>;
     static_assert(Gate::SIZE + Up::SIZE <= SHARED_SIZE, "the weights must fit");
     __shared__ SharedRow<SEGMENTS> input;
     __shared__ float sums[2 * Gate::TASKS], segment_sums[SEGMENTS];
@@ -227,7 +227,7 @@ KERNEL(THREADS, 1) NAME(const float* x, const float* norm, const int* ids, WEIGH
 #ifdef DOWN
 // All A experts of ROWS rows, weighted and added to the residual; h [A, K] is rounded here.
 KERNEL(THREADS, 1) NAME(const float* h, const int* ids, const float* weights, const float* residual, WEIGHT(0), float* out) {
-    using Rows = SharedRows<FORMAT_0, SEGMENTS, ROWS, false>;
+    using Rows = SharedRows<FORMAT_0, SEGMENTS, ROWS, false, 16>;
     constexpr int ALL = ACTIVE * SEGMENTS, TURNS = (ALL + WARPS - 1) / WARPS;
     static_assert(ACTIVE * Rows::SIZE <= SHARED_SIZE, "the weights must fit");
     __shared__ SharedRow<ALL> input;

@@ -250,10 +250,10 @@ struct PairTile {
 };
 #endif
 
-// NUM rows of a weight, COUNT segments each, in shared memory: codes by row and segment (or by segment and row), then
-// s, m, d and d_m row by row.
-template <class F, int COUNT, int NUM, bool BY_SEGMENT> struct SharedRows {
-    static constexpr int TASKS = NUM * COUNT, CODE_STRIDE = F::BYTES + (BY_SEGMENT ? 32 : 16);  // banks kept apart
+// NUM rows of a weight, COUNT segments each, in shared memory: codes by row and segment (or by segment and row) with PAD
+// bytes between, which keep the banks apart; then s, m, d and d_m row by row.
+template <class F, int COUNT, int NUM, bool BY_SEGMENT, int PAD> struct SharedRows {
+    static constexpr int TASKS = NUM * COUNT, CODE_STRIDE = F::BYTES + PAD;
     static constexpr int S = F::SPLIT ? 16 : 8, D = (F::BLOCK == SEGMENT ? 1 : 8) * (F::WIDE_D ? 4 : 2);  // bytes a segment
     static constexpr int stride(int size) { return size % 32 == 0 ? size + 16 : size; }
     static constexpr int S_STRIDE = stride(COUNT * S), M_STRIDE = stride(COUNT * 8), D_STRIDE = stride(COUNT * D);
