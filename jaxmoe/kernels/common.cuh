@@ -51,6 +51,12 @@ DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c));
 }
+// The same for 16 inputs: lanes hold a[0], a[1] and b[0] of it.
+DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 b0, int c) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%7,%7,%7,%7};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0), "r"(c));
+}
 // d += a * b for tiles [16, 16] x [16, 8]; words hold two neighbours of k.
 DEVICE void mma_bfloat16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -66,6 +72,15 @@ DEVICE void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 DEVICE void load_transposed(u32 (&r)[4], const void* row) {
     u32 address = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+// Four matrices of 8 rows of 16 bytes from shared memory: lane l gives row l%8 of matrix l/8 and gets of each
+// matrix bytes 4 * (l%4) .. + 3 of row l/4, as mma_int8 wants them.
+DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+    u32 address = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
@@ -101,6 +116,14 @@ DEVICE int add_in_order(int* counter, int number) {
 DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
 DEVICE uint4 load_once(const uint4* p) { return __ldcs(p); }
 #else
+DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 b0, int c) { mma_int8(d, a0, a1, 0, 0, b0, 0, c); }
+DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+    int lane = threadIdx.x & 31;
+    for (int i = 0; i < 4; i++) {
+        u32 other = __shfl_sync(ALL_LANES, (u32)(u64)row, 8 * i + lane / 4);
+        r[i] = ((const u32*)((const u8*)row + (int)(other - (u32)(u64)row)))[lane % 4];
+    }
+}
 DEVICE u32 highest_of_lanes(u32 v) {
     for (int offset = 16; offset; offset >>= 1) v = max(v, __shfl_xor_sync(ALL_LANES, v, offset));
     return v;

@@ -21,11 +21,12 @@ SEGMENT = 256
 FEW_ROWS = 64  # up to here all segments of a product are read at once, above it they go through shared memory
 FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
 _ROW, _FEW, _MANY = "matmul_row.cu", "matmul_few.cu", "matmul_many.cu"
-_MANY_THREADS = 256
+_MANY_THREADS = 128
+_MANY_FACTORS = 8192  # bytes of the scales of its weights
+_MANY_BLOCKS = 264  # below so many blocks the dense product takes narrower ones
 _MANY_OUTPUTS = 16384  # from so many outputs on the kernel for many rows has enough blocks for a few of them
 _REGISTERS = 65536  # of a multiprocessor
 _HALF_ROWS = 64
-_SHARED_OF_TWO_BLOCKS = 113 << 10
 # Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
 _SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
 _SMALL_SHARED = 99 << 10
@@ -104,12 +105,11 @@ def _pointers(w: QuantTensor) -> list[Array]:
     return [w.codes if array is None else array for array in (w.codes, w.s, w.m, w.d, w.d_m)]
 
 
-def _stage_size(weights: Sequence[QuantTensor]) -> int:
-    """Shared memory of the kernel for many rows: two stages of two halves, and the scales."""
+def _stage_size(weights: Sequence[QuantTensor], columns: int) -> int:
+    """Shared memory of one step of the kernel for many rows: half a segment of two halves and of the columns."""
     halves = weights if len(weights) == 2 else [max(weights, key=_code_bits)] * 2
-    codes = sum(_HALF_ROWS * (SEGMENT * _code_bits(w) // 8 + 32) for w in halves)
-    inputs = 64 * (SEGMENT + 32) + 64 * 80
-    return 2 * (codes + inputs) + 2 * _HALF_ROWS * 36 * 4
+    codes = sum(_HALF_ROWS * (SEGMENT // 2 * _code_bits(w) // 8 + 16) for w in halves)
+    return codes + columns * (SEGMENT // 2 + 16 + 48)
 
 
 def _code_bits(w: QuantTensor) -> int:
@@ -123,9 +123,13 @@ def _weights(weights: Sequence[QuantTensor]) -> dict[str, int | float | str]:
     return macros | {"K": weights[0].shape[-1], "MATRICES": prod(weights[0].codes.shape[1:-2])}
 
 
-def _many(weights: Sequence[QuantTensor]) -> tuple[dict[str, int | float | str], int]:
-    size = _stage_size(weights)
-    return {"BLOCKS_AN_SM": 2 if size <= _SHARED_OF_TWO_BLOCKS else 1, "THREADS": _MANY_THREADS}, size
+def _many(
+    weights: Sequence[QuantTensor], columns: int = MANY_TILE
+) -> tuple[dict[str, int | float | str], int]:
+    stage, half = _stage_size(weights, columns), (_shared_limit() + 1024) // 2 - 2048
+    stages = min(4, max(2, (half - _MANY_FACTORS) // stage))
+    macros: dict[str, int | float | str] = {"BLOCKS_AN_SM": 2, "THREADS": _MANY_THREADS}
+    return macros | {"MANY_COLUMNS": columns, "STAGES": stages}, stages * stage + _MANY_FACTORS
 
 
 def _shared_rows_size(w: QuantTensor, num_rows: int, pad: int) -> int:
@@ -155,6 +159,21 @@ def _column_tiles(num_rows: int, segments: int) -> int:
 
 def _inputs_size(segments: int, tiles: int) -> int:
     return segments * 8 * tiles * (SEGMENT + 32 + 80)
+
+
+def _grouped_launch(
+    stage: int, segments: int, num_units: int, inputs: int
+) -> tuple[dict[str, int | float | str], int]:
+    """Macros and shared memory of a grouped product whose steps take `stage` bytes of weights."""
+    sums = num_units * 16 * 9 * 4
+    fitting = [n for n in (4, 3, 2, 1) if n * stage + min(n, 2) * inputs + sums + 4096 <= _shared_limit()]
+    assert fitting, f"a step of {stage} bytes does not fit {_shared_limit()} bytes of shared memory"
+    size = fitting[0] * stage + min(fitting[0], 2) * inputs + sums
+    return {"COLUMN_TILES": 1, "THREADS": _threads(num_units), "STAGES": fitting[0]}, size
+
+
+def _num_multiprocessors() -> int:
+    return int(getattr(jax.devices()[0], "core_count", 132))
 
 
 def _row_launch(row_size: int, tasks_a_row: int) -> tuple[dict[str, int | float | str], int]:
@@ -212,9 +231,11 @@ def dense(
         size = max(_shared_rows_size(w, 16, 32) for w in weights) + _inputs_size(segments, tiles)
         grid = (-(-num_rows // (8 * tiles)), all_rows // 16, 1)
     else:
-        file, (many, size) = _MANY, _many(weights)
+        blocks = sum(-(-w.shape[-2] // 128) for w in weights)
+        columns = MANY_TILE if blocks * -(-num_rows // MANY_TILE) >= _MANY_BLOCKS else MANY_TILE // 2
+        file, (many, size) = _MANY, _many(weights, columns)
         defines |= many
-        grid = (sum(-(-w.shape[-2] // 128) for w in weights), -(-num_rows // 64), 1)
+        grid = (blocks, -(-num_rows // columns), 1)
     first = [inputs.x, inputs.norm] if isinstance(inputs, Row) else list(inputs)
     pointers = [array for w in weights for array in _pointers(w)]
     arrays = [*first, *pointers, *([] if residual is None else [residual]), count]
@@ -265,14 +286,10 @@ def gate_up(
     file = _FEW if _is_few(num_rows) else _MANY
     if file == _FEW:
         segments = gate.shape[-1] // SEGMENT
-        threads = _threads(4 * segments)
-        size = sum(_shared_rows_size(w, 32, 16) for w in (gate, up)) + _inputs_size(segments, 1)
-        defines |= {
-            "COLUMN_TILES": 1,
-            "THREADS": threads,
-            "BLOCKS_AN_SM": 2 if 2 * size <= _shared_limit() else 1,
-        }
-        grid = (width // 32, groups.tiles.shape[0], 1)
+        stage = sum(_shared_rows_size(w, 16, 16) for w in (gate, up))
+        launch, size = _grouped_launch(stage, segments, 2 * segments, _inputs_size(segments, 1))
+        defines |= launch
+        grid = (_num_multiprocessors(), 1, 1)
     else:
         many, size = _many([gate, up])
         defines |= many
@@ -323,13 +340,10 @@ def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, inde
     file = _FEW if _is_few(num_rows) else _MANY
     if file == _FEW:
         row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
-        threads = _threads(row_tiles * segments)
-        defines |= {"COLUMN_TILES": 1, "ROW_TILES": row_tiles, "THREADS": threads}
-        size = max(
-            _shared_rows_size(w, 16 * row_tiles, 32) + _inputs_size(segments, 1), row_tiles * segments * 576
-        )
-        defines |= {"BLOCKS_AN_SM": min(_blocks(threads, 56), max(1, _shared_limit() // size))}
-        grid = (width // (16 * row_tiles), groups.tiles.shape[0], 1)
+        stage = _shared_rows_size(w, 16 * row_tiles, 32)
+        launch, size = _grouped_launch(stage, segments, row_tiles * segments, _inputs_size(segments, 1))
+        defines |= launch | {"ROW_TILES": row_tiles}
+        grid = (_num_multiprocessors(), 1, 1)
     else:
         many, size = _many([w])
         defines |= many

@@ -149,7 +149,7 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row, const i8* cod
     static_assert(Rows::SIZE + Inputs::SIZE <= SHARED_SIZE, "weights and inputs must fit");
     size_t first = (size_t)stack_index() * rows + row;
     int column0 = blockIdx.x * COLUMNS, num_columns = count[0];
-    Rows::template copy<1>(shared, w, [=](int) { return first; });
+    RowsCopy<F, Rows>(w).start(shared, first);
     Inputs::copy(shared + Rows::SIZE, codes, scales, [=](int column) { return min(column0 + column, NUM_ROWS - 1); });
     commit_copies();
     wait_copies<0>();
@@ -196,64 +196,116 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, WEIGHT(
 }
 #endif  // DENSE
 
-#ifdef GATE_UP
-// h = silu(gate) * up for 32 of the F rows and a tile of pairs, rounded. Units are (gate or up, 16 rows, segment).
-KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
-                        WEIGHT(0), WEIGHT(1), i8* out_codes, float* out_scales) {
-    if (blockIdx.y >= num_tiles[0]) return;
-    PairTile tile(pairs, tiles);
-    using Gate = SharedRows<FORMAT_0, SEGMENTS, 32, true, 16>;
-    using Up = SharedRows<FORMAT_1, SEGMENTS, 32, true, 16>;
-    constexpr int UP = Gate::SIZE, INPUTS = UP + Up::SIZE, UNITS = 2 * SEGMENTS;
-    static_assert(INPUTS + Inputs::SIZE <= SHARED_SIZE, "weights and inputs must fit");
-    __shared__ float h[COLUMNS * H_STRIDE];
-    int first = blockIdx.x * 32, num_columns = tile.count;
-    size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
-    Gate::template copy<1>(shared, GIVEN(0), [=](int) { return row; });
-    Up::template copy<1>(shared + UP, GIVEN(1), [=](int) { return row; });
-    Inputs::copy(shared + INPUTS, codes, scales, [&](int column) { return tile.pair(column) / ACTIVE; });
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    Partial* parts = each_unit<2 * UNITS>([&](float (&sums)[TILES][4], int unit) {
-        bool is_up = unit >= UNITS;
-        int r = unit / SEGMENTS % 2 * 16, segment = unit % SEGMENTS;
-        if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
-            multiply<FORMAT_0, Gate>(sums, shared + (is_up ? UP : 0), shared + INPUTS, r, segment);
-        else
-            multiply<FORMAT_1, Up>(sums, shared + UP, shared + INPUTS, r, segment);
-    });
-    for (int i = threadIdx.x; i < 32 * num_columns; i += THREADS) {
-        int column = i / 32, r = i % 32, part = r / 16 * SEGMENTS;
-        h[column * H_STRIDE + r] = swiglu(total(parts + part, r % 16, column), total(parts + UNITS + part, r % 16, column));
-    }
-    __syncthreads();
-    put_hidden(h, num_columns, ROWS_0, first, out_codes, out_scales, [&](int column) { return tile.pair(column); });
-}
-#endif  // GATE_UP
+#if defined(GATE_UP) || defined(DOWN)
+constexpr int INPUT_SLOTS = STAGES > 1 ? 2 : 1;
 
-#ifdef DOWN
-// y of each pair of a tile, 16 * ROW_TILES rows a block.
-KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
-                        WEIGHT(0), float* out) {
-    if (blockIdx.y >= num_tiles[0]) return;
-    PairTile tile(pairs, tiles);
-    constexpr int ROWS = 16 * ROW_TILES;
-    using Rows = SharedRows<FORMAT_0, SEGMENTS, ROWS, true, 32>;
-    static_assert(Rows::SIZE + Inputs::SIZE <= SHARED_SIZE, "weights and inputs must fit");
-    int first = blockIdx.x * ROWS;
-    size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
-    Rows::template copy<1>(shared, GIVEN(0), [=](int) { return row; });
-    Inputs::copy(shared + Rows::SIZE, codes, scales, [&](int column) { return tile.pair(column); });
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    Partial* parts = each_unit<ROW_TILES * SEGMENTS>([&](float (&sums)[TILES][4], int unit) {
-        multiply<FORMAT_0, Rows>(sums, shared, shared + Rows::SIZE, unit / SEGMENTS * 16, unit % SEGMENTS);
-    });
-    for (int i = threadIdx.x; i < ROWS * tile.count; i += THREADS) {
-        int column = i / ROWS, r = i % ROWS;
-        out[(size_t)tile.pair(column) * ROWS_0 + first + r] = total(parts + r / 16 * SEGMENTS, r % 16, column);
+#ifdef GATE_UP
+constexpr int STEP_ROWS = 16, STEPS_AN_ITEM = 2;  // 32 rows of h are rounded together
+using First = SharedRows<FORMAT_0, SEGMENTS, STEP_ROWS, true, 16>;
+using Second = SharedRows<FORMAT_1, SEGMENTS, STEP_ROWS, true, 16>;
+constexpr int STAGE = First::SIZE + Second::SIZE, UNITS = 2 * SEGMENTS;
+#else
+constexpr int STEP_ROWS = 16 * ROW_TILES, STEPS_AN_ITEM = 1;
+using First = SharedRows<FORMAT_0, SEGMENTS, STEP_ROWS, true, 32>;
+constexpr int STAGE = First::SIZE, UNITS = ROW_TILES * SEGMENTS;
+#endif
+
+// The grouped products: the blocks share all (tile, rows) out among them in runs, and each reads the weights of
+// STAGES - 1 steps ahead while it multiplies. A step is STEP_ROWS rows of gate and of up, or of down.
+constexpr int AT_INPUTS = STAGES * STAGE, AT_PARTS = AT_INPUTS + INPUT_SLOTS * Inputs::SIZE;
+constexpr int STEPS_A_TILE = ROWS_0 / STEP_ROWS;
+static_assert(AT_PARTS + UNITS * sizeof(Partial) <= SHARED_SIZE, "stages, inputs and sums must fit");
+
+KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles, WEIGHT(0),
+#ifdef GATE_UP
+                        WEIGHT(1), i8* out_codes, float* out_scales) {
+    __shared__ float h[COLUMNS * H_STRIDE];
+#else
+                        float* out) {
+#endif
+    constexpr int ITEMS_A_TILE = STEPS_A_TILE / STEPS_AN_ITEM;
+    int num_items = num_tiles[0] * ITEMS_A_TILE, warp = threadIdx.x >> 5;
+    int begin = (int)((long long)num_items * blockIdx.x / gridDim.x) * STEPS_AN_ITEM;
+    int end = (int)((long long)num_items * (blockIdx.x + 1) / gridDim.x) * STEPS_AN_ITEM;
+    if (begin == end) return;
+    const int4* all_tiles = (const int4*)tiles;
+    auto pair_of = [&](int4 tile, int column) { return pairs[(size_t)tile.x * NUM_ROWS + tile.y + min(column, tile.z - 1)]; };
+    int ahead_tile = -1, slot = 0;  // of the step that is copied
+    int4 ahead = make_int4(0, 0, 0, 0);
+    RowsCopy<FORMAT_0, First> first(GIVEN(0));
+#ifdef GATE_UP
+    RowsCopy<FORMAT_1, Second> second(GIVEN(1));
+#endif
+    auto copy_step = [&](int step) {
+        if (step < end) {
+            int tile = step / STEPS_A_TILE;
+            u8* to = shared + (step - begin) % STAGES * STAGE;
+            if (tile != ahead_tile) {
+                ahead_tile = tile, ahead = all_tiles[tile], slot = (slot + 1) % INPUT_SLOTS;
+                Inputs::copy(shared + AT_INPUTS + slot * Inputs::SIZE, codes, scales, [&](int column) {
+#ifdef GATE_UP
+                    return pair_of(ahead, column) / ACTIVE;
+#else
+                    return pair_of(ahead, column);
+#endif
+                });
+            }
+            size_t row = ((size_t)stack_index() * MATRICES + ahead.x) * ROWS_0 + step % STEPS_A_TILE * STEP_ROWS;
+            first.start(to, row);
+#ifdef GATE_UP
+            second.start(to + First::SIZE, row);
+#endif
+        }
+        commit_copies();
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; i++) copy_step(begin + i);
+    if (STAGES == 1) copy_step(begin);
+    int here = -1, here_slot = 0;
+    int4 tile = make_int4(0, 0, 0, 0);
+    Partial* parts = (Partial*)(shared + AT_PARTS);
+#pragma unroll 1
+    for (int step = begin; step < end; step++) {
+        wait_copies<(STAGES > 2 ? STAGES - 2 : 0)>();
+        __syncthreads();
+#ifdef GATE_UP
+        if (step > begin && step % 2 == 0)
+            put_hidden(h, tile.z, ROWS_0, (step - 2) % STEPS_A_TILE * STEP_ROWS, out_codes, out_scales, [&](int column) { return pair_of(tile, column); });
+#endif
+        // a tile's inputs stay in their slot until the next but one tile is copied, when no step needs them
+        if (STAGES > 1) copy_step(step + STAGES - 1);
+        if (step / STEPS_A_TILE != here) here = step / STEPS_A_TILE, tile = all_tiles[here], here_slot = (here_slot + 1) % INPUT_SLOTS;
+        const u8 *from = shared + (step - begin) % STAGES * STAGE, *inputs = shared + AT_INPUTS + here_slot * Inputs::SIZE;
+#pragma unroll 1
+        for (int unit = warp; unit < UNITS; unit += WARPS) {
+            float sums[TILES][4];
+#ifdef GATE_UP
+            bool is_up = unit >= SEGMENTS;
+            int segment = is_up ? unit - SEGMENTS : unit;
+            if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
+                multiply<FORMAT_0, First>(sums, from + (is_up ? First::SIZE : 0), inputs, 0, segment);
+            else
+                multiply<FORMAT_1, Second>(sums, from + First::SIZE, inputs, 0, segment);
+#else
+            multiply<FORMAT_0, First>(sums, from, inputs, unit / SEGMENTS * 16, unit % SEGMENTS);
+#endif
+            parts[unit].put(sums);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < STEP_ROWS * tile.z; i += THREADS) {
+            int column = i / STEP_ROWS, r = i % STEP_ROWS;
+#ifdef GATE_UP
+            h[column * H_STRIDE + step % 2 * 16 + r] = swiglu(total(parts, r, column), total(parts + SEGMENTS, r, column));
+#else
+            out[(size_t)pair_of(tile, column) * ROWS_0 + step % STEPS_A_TILE * STEP_ROWS + r] =
+                total(parts + r / 16 * SEGMENTS, r % 16, column);
+#endif
+        }
+        if (STAGES == 1) copy_step(step + 1);
     }
+#ifdef GATE_UP
+    __syncthreads();
+    put_hidden(h, tile.z, ROWS_0, (end - 2) % STEPS_A_TILE * STEP_ROWS, out_codes, out_scales, [&](int column) { return pair_of(tile, column); });
+#endif
 }
-#endif  // DOWN
+#endif  // GATE_UP or DOWN

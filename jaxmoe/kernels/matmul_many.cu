@@ -1,195 +1,305 @@
-// Products of many rows: segment after segment through shared memory. README.md gives the order of sums.
+// Products of many rows: step after step through shared memory. README.md gives the order of sums.
 #include "weights.cuh"
 
 extern __shared__ __align__(16) u8 shared[];
 
-// A block: two halves of 64 rows (of one weight, or of gate and up) times 64 columns, segment after segment
-// through shared memory; a warp: 32 rows times 32 columns.
-constexpr int MANY_COLUMNS = 64, HALF_ROWS = 64, X_STRIDE = SEGMENT + 32, SCALE_STRIDE = 80;
+// A block: two halves of 64 rows (of one weight, or of gate and up) times MANY_COLUMNS columns; a warp: 32 rows
+// times all columns, whose codes and scales only it reads. A step is half a segment; STAGES steps are on their way
+// or being read. Rows in shared memory are an odd number of 16 bytes long: 8 of them then share no bank.
+constexpr int WARPS = THREADS / 32, WARP_ROWS = 32, HALF_ROWS = WARPS / 2 * WARP_ROWS, COLUMN_TILES = MANY_COLUMNS / 8;
+constexpr int STEP = SEGMENT / 2, STEPS = 2 * (K / SEGMENT), X_STRIDE = STEP + 16, SCALE_STRIDE = 48;
+constexpr int FACTORS_SIZE = 8 * 2 * WARP_ROWS;  // floats of a warp: 8 blocks of two factors for each row
 
-template <class F> constexpr int CODE_STRIDE = F::BYTES + 32;
-constexpr int FACTOR_STRIDE = 36;  // floats of a row: 4 for each block, and some to keep the banks apart
+template <class F> constexpr int STEP_BYTES = F::BYTES / 2;
+template <class F> constexpr int CODE_STRIDE = STEP_BYTES<F> + 16;
 
 template <class F0, class F1> struct Stage {
     static constexpr int SECOND = HALF_ROWS * CODE_STRIDE<F0>, X = SECOND + HALF_ROWS * CODE_STRIDE<F1>;
     static constexpr int SCALES = X + MANY_COLUMNS * X_STRIDE, SIZE = SCALES + MANY_COLUMNS * SCALE_STRIDE;
-    static constexpr int FACTORS = 2 * SIZE;  // after the two stages
-    static_assert(FACTORS + 2 * HALF_ROWS * FACTOR_STRIDE * 4 <= SHARED_SIZE, "two stages and the scales must fit");
+    static constexpr int FACTORS = STAGES * SIZE;  // after the stages
+    static_assert(FACTORS + WARPS * FACTORS_SIZE * 4 <= SHARED_SIZE, "the stages and the scales must fit");
 };
 
-template <class F> DEVICE void stage_codes(u8* to, const Weight& w, size_t first_row, int segment) {
-    constexpr int CHUNKS = F::BYTES / 16;
-    constexpr size_t stride = (size_t)K * F::BITS / 8;
-    const u8* from = w.codes + first_row * stride + segment * F::BYTES;
-#pragma unroll 1
-    for (int i = 0; i < HALF_ROWS * CHUNKS / THREADS; i++) {
-        int chunk = threadIdx.x + i * THREADS, row = chunk / CHUNKS, at = chunk % CHUNKS * 16;
-        copy_async(to + row * CODE_STRIDE<F> + at, from + row * stride + at);
-    }
-}
+using Totals = float[2][COLUMN_TILES][4];
 
-// The scales of 4 blocks of one row on their way to shared memory: a thread reads them a segment ahead.
-template <class F> struct RowScales {
-    static constexpr int D_WORDS = F::BLOCK == SEGMENT ? 1 : F::WIDE_D ? 4 : 2, S_WORDS = F::SPLIT ? 2 : 1;
-    u32 d[D_WORDS], d_m[D_WORDS], s[S_WORDS], m;
-
-    METHOD void read(const Weight& w, size_t row, int segment, int first) {  // first block: 0 or 4
-        if constexpr (F::HALF) return;
-        read_d(d, w.d, row, segment, first);
-        if constexpr (F::D_M) read_d(d_m, w.d_m, row, segment, first);
-        size_t block = row * (K / 32) + segment * 8 + first;
-#pragma unroll
-        for (int i = 0; i < S_WORDS; i++)
-            if constexpr (F::S) s[i] = ((const u32*)(w.s + block * S_WORDS))[i];
-        if constexpr (F::M) m = *(const u32*)(w.m + block);
-    }
-    METHOD static void read_d(u32 (&words)[D_WORDS], const void* base, size_t row, int segment, int first) {
-        if constexpr (F::BLOCK == SEGMENT) {
-            words[0] = ((const u16*)base)[row * (K / SEGMENT) + segment];
-        } else {
-            const u32* p = (const u32*)((const u8*)base + (row * (K / 32) + segment * 8 + first) * (F::WIDE_D ? 4 : 2));
-#pragma unroll
-            for (int i = 0; i < D_WORDS; i++) words[i] = p[i];
-        }
-    }
-    METHOD static float d_of(const u32 (&words)[D_WORDS], int block) {
-        if constexpr (F::BLOCK == SEGMENT) return half_to_float((u16)words[0]);
-        if constexpr (F::WIDE_D) return __uint_as_float(words[block % D_WORDS]);
-        return half_to_float((u16)(words[block / 2 % D_WORDS] >> (16 * (block & 1))));
-    }
-    METHOD void put(float* to) const {  // 4 blocks of (scale of the first part, of the second, minus the minimum)
-        if constexpr (F::HALF) return;
-#pragma unroll
-        for (int block = 0; block < 4; block++) {
-            float4 f = make_float4(d_of(d, block), 0.f, 0.f, 0.f);
-            f.y = f.x;
-            if constexpr (F::S) {
-                f.x = times_byte<F>(f.x, s, F::SPLIT ? 2 * block : block);
-                if constexpr (F::SPLIT) f.y = times_byte<F>(f.y, s, 2 * block + 1);
-            }
-            if constexpr (F::D_M) {
-                f.z = d_of(d_m, block);
-                if constexpr (F::M) f.z = times_byte<F>(f.z, &m, block);
-                f.z = -f.z;
-            }
-            ((float4*)to)[block] = f;
-        }
-    }
-};
-struct SharedFactors {  // of a lane's two rows and one block
-    float4 of[2];
-    METHOD SharedFactors(const float* p) : of{*(const float4*)p, *(const float4*)(p + 8 * FACTOR_STRIDE)} {}
-    METHOD void scale(int h, int, int part, float& sd, float& minus_magic) const {
-        sd = part ? of[h].y : of[h].x;
-        minus_magic = -MAGIC * sd;
-    }
-    METHOD float minimum(int h, int) const { return of[h].z; }
-};
-
-DEVICE void stage_inputs(u8* x, u8* s, const i8* codes, const float* scales, const int* rows, int segment) {
-#pragma unroll 1  // unrolled, its addresses would take the registers of the sums
-    for (int i = 0; i < MANY_COLUMNS * 16 / THREADS; i++) {
-        int chunk = threadIdx.x + i * THREADS, row = chunk / 16, at = chunk % 16 * 16;
-        copy_async(x + row * X_STRIDE + at, codes + (size_t)rows[row] * K + segment * SEGMENT + at);
-    }
-    for (int chunk = threadIdx.x; chunk < MANY_COLUMNS * 4; chunk += THREADS) {
-        int row = chunk / 4, at = chunk % 4 * 16;
-        copy_async(s + row * SCALE_STRIDE + at, (const u8*)scales + ((size_t)rows[row] * (K / 32) + segment * 8) * 8 + at);
-    }
-}
-
-// One segment for the warp's 32 x 32; codes, inputs and factors are those of this warp in the stage.
-template <class F>
-DEVICE void multiply_stage(float (&sums)[2][4][4], const u8* codes, const u8* x, const u8* s, const float* factors) {
+// A warp's 32 rows of codes; `from` is the lane's first 16 bytes.
+template <class F> DEVICE const u8* lane_codes(const Weight& w, size_t row) {
+    constexpr int CHUNKS = STEP_BYTES<F> / 16;
     int lane = threadIdx.x & 31;
-    const u8* mine = codes + (lane >> 2) * CODE_STRIDE<F> + (lane & 3) * F::WORD;
-    const float* my_factors = factors + (lane >> 2) * FACTOR_STRIDE;
+    return w.codes + (row + lane / CHUNKS) * ((size_t)K * F::BITS / 8) + lane % CHUNKS * 16;
+}
+template <class F> DEVICE void stage_codes(u8* to, const u8* from) {
+    constexpr int CHUNKS = STEP_BYTES<F> / 16, ROWS_AT_ONCE = 32 / CHUNKS;
+    int lane = threadIdx.x & 31;
+    to += lane / CHUNKS * CODE_STRIDE<F> + lane % CHUNKS * 16;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++)
+        copy_async(to + i * ROWS_AT_ONCE * CODE_STRIDE<F>, from + i * ROWS_AT_ONCE * ((size_t)K * F::BITS / 8));
+}
+
+DEVICE void stage_inputs(u8* x, u8* s, const i8* codes, const float* scales, const int* rows, int step) {
+    constexpr int CHUNKS = STEP / 16, SCALE_CHUNKS = STEP / GROUP * 8 / 16;
+    int at = threadIdx.x % CHUNKS * 16;
+#pragma unroll
+    for (int i = 0; i < MANY_COLUMNS * CHUNKS / THREADS; i++) {
+        int column = threadIdx.x / CHUNKS + i * (THREADS / CHUNKS);
+        copy_async(x + column * X_STRIDE + at, codes + (size_t)rows[column] * K + step * STEP + at);
+    }
+#pragma unroll
+    for (int i = 0; i < (MANY_COLUMNS * SCALE_CHUNKS + THREADS - 1) / THREADS; i++) {
+        int chunk = threadIdx.x + i * THREADS, column = chunk / SCALE_CHUNKS, part = chunk % SCALE_CHUNKS * 16;
+        if (MANY_COLUMNS * SCALE_CHUNKS % THREADS && column >= MANY_COLUMNS) break;
+        const u8* from = (const u8*)scales + (size_t)rows[column] * (K / GROUP * 8) + step * (STEP / GROUP * 8);
+        copy_async(s + column * SCALE_STRIDE + part, from + part);
+    }
+}
+
+// The scales of a segment of the lane's row on their way to shared memory: read a segment ahead.
+template <class F> struct RowScales {
+    static constexpr int S_WORDS = F::SPLIT ? 4 : 2;
+    u32 d[FACTOR_WORDS<F>], d_m[FACTOR_WORDS<F>], s[S_WORDS], m[2];
+
+    METHOD void read(const Weight& w, size_t row, int segment) {
+        if constexpr (F::HALF) return;
+        read_factors<F>(d, w.d, row, segment);
+        if constexpr (F::D_M) read_factors<F>(d_m, w.d_m, row, segment);
+        size_t block = row * (K / GROUP) + segment * 8;
+        if constexpr (F::S && F::SPLIT) {
+            uint4 v = *(const uint4*)(w.s + 2 * block);
+            s[0] = v.x, s[1] = v.y, s[2] = v.z, s[3] = v.w;
+        } else if constexpr (F::S) {
+            uint2 v = *(const uint2*)(w.s + block);
+            s[0] = v.x, s[1] = v.y;
+        }
+        if constexpr (F::M) {
+            uint2 v = *(const uint2*)(w.m + block);
+            m[0] = v.x, m[1] = v.y;
+        }
+    }
+    // Of each block the rows' scales, then the second part's or minus the minimum; row r + 8 * j is number 4 * r + j.
+    METHOD void put(float* to) const {
+        if constexpr (F::HALF) return;
+        int lane = threadIdx.x & 31;
+        to += lane % 8 * 4 + lane / 8;
+#pragma unroll
+        for (int block = 0; block < 8; block++) {
+            float scale = factor<F>(d, block);
+            if constexpr (F::SPLIT) to[block * 64 + 32] = times_byte<F>(scale, s, 2 * block + 1);
+            if constexpr (F::S) scale = times_byte<F>(scale, s, F::SPLIT ? 2 * block : block);
+            to[block * 64] = scale;
+            if constexpr (F::D_M) {
+                float minimum = factor<F>(d_m, block);
+                if constexpr (F::M) minimum = times_byte<F>(minimum, m, block);
+                to[block * 64 + 32] = -minimum;
+            }
+        }
+    }
+};
+
+struct BlockFactors {  // of a lane's four rows
+    float first[4], second[4];
+    template <class F> METHOD void read(const float* p) {
+        float4 v = *(const float4*)p;
+        first[0] = v.x, first[1] = v.y, first[2] = v.z, first[3] = v.w;
+        if constexpr (F::SPLIT || F::D_M) {
+            v = *(const float4*)(p + 32);
+            second[0] = v.x, second[1] = v.y, second[2] = v.z, second[3] = v.w;
+        }
+    }
+};
+
+DEVICE void add_products(float (&sums)[4], const int (&v)[4], const float* sd, float4 scales) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float t = fmaf(__int_as_float(v[e]), sd[e >> 1], -MAGIC * sd[e >> 1]);
+        sums[e] = fmaf(t, e & 1 ? scales.z : scales.x, sums[e]);
+    }
+}
+
+// One block of 32 inputs, 16 rows and 8 columns: Block::add of weights.cuh, with the inputs in their own order.
+template <class F>
+DEVICE void add_block(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1, const BlockFactors& factors, int t, float4 scales) {
+    int v[4];
+    if constexpr (F::SPLIT) {
+        int second[4];
+        mma_int8(v, a[0], a[1], b0, MAGIC_BITS);
+        mma_int8(second, a[2], a[3], b1, MAGIC_BITS);
+        add_products(sums, v, factors.first + 2 * t, scales);
+        add_products(sums, second, factors.second + 2 * t, scales);
+    } else {
+        mma_int8(v, a[0], a[1], a[2], a[3], b0, b1, MAGIC_BITS);
+        add_products(sums, v, factors.first + 2 * t, scales);
+    }
+    if constexpr (F::D_M)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            sums[e] = fmaf(factors.second[2 * t + (e >> 1)], e & 1 ? scales.w : scales.y, sums[e]);
+}
+
+// One step for the warp's rows and the first `num_columns` columns; codes and factors are those of this warp. Two
+// blocks of inputs at a time, or one of two parts: more registers there are not.
+template <class F>
+DEVICE void multiply_step(Totals& sums, const u8* codes, const u8* x, const u8* s, const float* factors, int num_columns) {
+    constexpr int BLOCKS = F::SPLIT ? 1 : 2, TILES = 2 / BLOCKS;  // TILES: of columns, in four matrices of inputs
+    int lane = threadIdx.x & 31;
+    codes += (lane & 15) * CODE_STRIDE<F> + (lane >> 4) * 16;
+    x += F::SPLIT ? ((lane & 7) + (lane >> 4) * 8) * X_STRIDE + (lane >> 3 & 1) * 16 : (lane & 7) * X_STRIDE + (lane >> 3) * 16;
+    s += 2 * (lane & 3) * SCALE_STRIDE, factors += (lane >> 2) * 4;
+#pragma unroll 1
+    for (int block = 0; block < STEP / GROUP; block += BLOCKS) {
+        u32 ahead[4], a[BLOCKS][2][4];
+        BlockFactors of[BLOCKS];
+        load_matrices(ahead, x + block * 32);
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const u8* from = codes + 16 * t * CODE_STRIDE<F>;
+            if constexpr (F::BITS == 4) {
+                u32 words[4];
+                load_matrices(words, from + block / 2 * 32);
+#pragma unroll
+                for (int i = 0; i < 4 * BLOCKS; i++) a[i / 4][t][i % 4] = signed_codes<F>(words[i % 4], F::SPLIT ? block : i / 4);
+            } else {
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++) load_matrices(a[b][t], from + (block + b) * 32);
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) of[b].template read<F>(factors + (block + b) * 64);
+        u32 inputs[4];
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n++) {
+            if (n % 2 == 0 && 8 * n >= num_columns) break;
+            if (n % TILES == 0) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) inputs[i] = ahead[i];
+                if (n + TILES < COLUMN_TILES) load_matrices(ahead, x + 8 * (n + TILES) * X_STRIDE + block * 32);
+            }
+            const u8* p = s + 8 * n * SCALE_STRIDE + block * 8;
+            float4 scales[2];
+            if constexpr (F::SPLIT) {
+                scales[0] = make_float4(*(const float*)p, 0.f, *(const float*)(p + SCALE_STRIDE), 0.f);
+            } else {
+                float4 left = *(const float4*)p, right = *(const float4*)(p + SCALE_STRIDE);
+                scales[0] = make_float4(left.x, left.y, right.x, right.y);
+                scales[1] = make_float4(left.z, left.w, right.z, right.w);
+            }
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) {
+                int i = F::SPLIT ? n % 2 * 2 : 2 * b;
+#pragma unroll
+                for (int t = 0; t < 2; t++)
+                    add_block<F>(sums[t][n], a[b][t], inputs[i], inputs[i + 1], of[b], t, scales[b]);
+            }
+        }
+    }
+}
+
+// The same for float weights, whose sums depend on the order of inputs: that of weights.cuh.
+template <class F>
+DEVICE void multiply_floats(Totals& sums, const u8* codes, const u8* x, const u8* s, int num_columns) {
+    int lane = threadIdx.x & 31;
+    codes += (lane >> 2) * CODE_STRIDE<F> + (lane & 3) * 16;
     x += (lane >> 2) * X_STRIDE + (lane & 3) * 8, s += 2 * (lane & 3) * SCALE_STRIDE;
 #pragma unroll 1
-    for (int word = 0; word < F::WORDS; word++) {
+    for (int block = 0; block < STEP / GROUP; block++) {
         Codes<F> words[2];
 #pragma unroll
-        for (int t = 0; t < 2; t++) words[t].template read<false>(mine + 16 * t * CODE_STRIDE<F> + word * 4 * F::WORD, CODE_STRIDE<F>);
+        for (int t = 0; t < 2; t++) words[t].template read<false>(codes + 16 * t * CODE_STRIDE<F> + block * 64, CODE_STRIDE<F>);
+        Block<F> weights[2] = {{words[0], 0, 0}, {words[1], 0, 0}};
 #pragma unroll
-        for (int i = 0; i < F::BLOCKS_A_WORD; i++) {
-            int block = word * F::BLOCKS_A_WORD + i;
-            Block<F> weights[2] = {{words[0], SharedFactors(my_factors + 4 * block), i},
-                                   {words[1], SharedFactors(my_factors + 16 * FACTOR_STRIDE + 4 * block), i}};
+        for (int n = 0; n < COLUMN_TILES; n++) {
+            if (n % 2 == 0 && 8 * n >= num_columns) break;
+            uint2 inputs = *(const uint2*)(x + 8 * n * X_STRIDE + block * 32);
+            const u8* p = s + 8 * n * SCALE_STRIDE + block * 8;
+            float4 scales = make_float4(*(const float*)p, 0.f, *(const float*)(p + SCALE_STRIDE), 0.f);
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                uint2 inputs = *(const uint2*)(x + 8 * n * X_STRIDE + block * 32);
-                const u8* p = s + 8 * n * SCALE_STRIDE + block * 8;
-                float2 first = *(const float2*)p, second = *(const float2*)(p + SCALE_STRIDE);
-                float4 scales = make_float4(first.x, first.y, second.x, second.y);
-                weights[0].add(sums[0][n], inputs, scales);
-                weights[1].add(sums[1][n], inputs, scales);
-            }
+            for (int t = 0; t < 2; t++) weights[t].add(sums[t][n], inputs, scales);
         }
     }
 }
 
 // The products of both halves; `totals` are the warp's. `rows`: the inputs' row of each column, in shared memory.
 template <class F0, class F1>
-DEVICE void multiply_many(float (&totals)[2][4][4], const Weight& w0, size_t row0, const Weight& w1, size_t row1,
-                          const i8* codes, const float* scales, const int* rows) {
+DEVICE void multiply_many(Totals& totals, const Weight& w0, size_t row0, const Weight& w1, size_t row1, const i8* codes,
+                          const float* scales, const int* rows, int num_columns) {
     using S = Stage<F0, F1>;
-    constexpr bool SAME = IS_SAME<F0, F1>;
-    int warp = threadIdx.x >> 5, second = threadIdx.x >> 7, r = (warp >> 1 & 1) * 32, c = (warp & 1) * 32;
-    int scale_row = (threadIdx.x & 127) >> 1, scale_block = (threadIdx.x & 1) * 4;
-    float* factors = (float*)(shared + S::FACTORS);
-    float* my_factors = factors + (second * HALF_ROWS + scale_row) * FACTOR_STRIDE + 4 * scale_block;
+    int warp = threadIdx.x >> 5, r = warp % (WARPS / 2) * WARP_ROWS, lane = threadIdx.x & 31;
+    bool second = warp >= WARPS / 2, is_first = IS_SAME<F0, F1> || !second;
+    const Weight w = choose(second, w1, w0);
+    size_t row = (second ? row1 : row0) + r;
+    int my_codes = second ? S::SECOND + r * CODE_STRIDE<F1> : r * CODE_STRIDE<F0>;
+    float* factors = (float*)(shared + S::FACTORS) + warp * FACTORS_SIZE;
+    const u8* from = is_first ? lane_codes<F0>(w, row) : lane_codes<F1>(w, row);
     RowScales<F0> ahead0;
     RowScales<F1> ahead1;
-    auto stage = [&](int segment) {
-        u8* to = shared + (segment & 1) * S::SIZE;
-        stage_codes<F0>(to, w0, row0, segment);
-        stage_codes<F1>(to + S::SECOND, w1, row1, segment);
-        stage_inputs(to + S::X, to + S::SCALES, codes, scales, rows, segment);
+    auto stage = [&](int step, u8* to) {
+        if (step < STEPS) {
+            if (is_first)
+                stage_codes<F0>(to + my_codes, from + step * STEP_BYTES<F0>);
+            else
+                stage_codes<F1>(to + my_codes, from + step * STEP_BYTES<F1>);
+            stage_inputs(to + S::X, to + S::SCALES, codes, scales, rows, step);
+        }
         commit_copies();
-        if (SAME || !second)
-            ahead0.read(choose(second, w1, w0), (second ? row1 : row0) + scale_row, segment, scale_block);
-        else
-            ahead1.read(w1, row1 + scale_row, segment, scale_block);
     };
-    stage(0);
+    auto read_scales = [&](int segment) {
+        if (is_first)
+            ahead0.read(w, row + lane, segment);
+        else
+            ahead1.read(w, row + lane, segment);
+    };
+    for (int i = 0; i < STAGES - 1; i++) stage(i, shared + i * S::SIZE);
+    read_scales(0);
+#pragma unroll
+    for (int i = 0; i < 8 * COLUMN_TILES; i++) totals[i / (4 * COLUMN_TILES)][i / 4 % COLUMN_TILES][i % 4] = -0.f;
+    u8 *now = shared, *before = shared + (STAGES - 1) * S::SIZE;
 #pragma unroll 1
     for (int segment = 0; segment < SEGMENTS; segment++) {
-        if (SAME || !second)
-            ahead0.put(my_factors);
+        __syncwarp();
+        if (is_first)
+            ahead0.put(factors);
         else
-            ahead1.put(my_factors);
-        if (segment + 1 < SEGMENTS) {
-            stage(segment + 1);
-            wait_copies<1>();
-        } else {
-            wait_copies<0>();
+            ahead1.put(factors);
+        if (segment + 1 < SEGMENTS) read_scales(segment + 1);
+        Totals sums = {};
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+            wait_copies<STAGES - 2>();
+            __syncthreads();
+            stage(2 * segment + half + STAGES - 1, before);
+            const u8 *x = now + S::X, *s = now + S::SCALES;
+            const float* f = factors + half * (FACTORS_SIZE / 2);
+            auto multiply = [&](auto format) {
+                using F = decltype(format);
+                if constexpr (F::HALF != 0)
+                    multiply_floats<F>(sums, now + my_codes, x, s, num_columns);
+                else
+                    multiply_step<F>(sums, now + my_codes, x, s, f, num_columns);
+            };
+            if (is_first)
+                multiply(F0{});
+            else
+                multiply(F1{});
+            before = now;
+            now = now == shared + (STAGES - 1) * S::SIZE ? shared : now + S::SIZE;
         }
-        __syncthreads();
-        const u8* from = shared + (segment & 1) * S::SIZE;
-        const u8 *x = from + S::X + c * X_STRIDE, *s = from + S::SCALES + c * SCALE_STRIDE;
-        const float* f = factors + (second * HALF_ROWS + r) * FACTOR_STRIDE;
-        float sums[2][4][4] = {};
-        if (SAME || !second)
-            multiply_stage<F0>(sums, from + (second ? S::SECOND : 0) + r * CODE_STRIDE<F0>, x, s, f);
-        else
-            multiply_stage<F1>(sums, from + S::SECOND + r * CODE_STRIDE<F1>, x, s, f);
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
-            float& to = totals[i / 16][i / 4 % 4][i % 4];
-            float sum = sums[i / 16][i / 4 % 4][i % 4];
-            to = segment ? to + sum : sum;
+        for (int i = 0; i < 8 * COLUMN_TILES; i++) {
+            int t = i / (4 * COLUMN_TILES), n = i / 4 % COLUMN_TILES;
+            totals[t][n][i % 4] += sums[t][n][i % 4];  // the first to -0, which changes no bit of it
         }
-        __syncthreads();
     }
+    wait_copies<0>();
 }
 
-// visit(row of 64 in the half, column, value) for each of the warp's totals.
-template <class Visit> DEVICE void each_total(const float (&totals)[2][4][4], Visit visit) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, r = (warp >> 1 & 1) * 32 + (lane >> 2), c = (warp & 1) * 32 + 2 * (lane & 3);
+// visit(column, row of the half, sums of that row and of those 8, 16 and 24 on) for each of the lane's columns.
+template <class Visit> DEVICE void each_column(const Totals& totals, int num_columns, Visit visit) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = warp % (WARPS / 2) * WARP_ROWS + (lane >> 2);
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-        int t = i / 16, n = i / 4 % 4, e = i % 4;
-        visit(r + 16 * t + 8 * (e >> 1), c + 8 * n + (e & 1), totals[t][n][e]);
+    for (int i = 0; i < 2 * COLUMN_TILES; i++) {
+        int n = i / 2, e = i % 2, column = 8 * n + 2 * (lane & 3) + e;
+        const float sums[4] = {totals[0][n][e], totals[0][n][2 + e], totals[1][n][e], totals[1][n][2 + e]};
+        if (column < num_columns) visit(column, row, sums);
     }
 }
 
@@ -205,17 +315,22 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row, const i8* cod
     __syncthreads();
     size_t first = (size_t)stack_index() * rows + row;
     bool has_second = row + HALF_ROWS < rows;  // else the first half twice
-    float totals[2][4][4];
-    multiply_many<F, F>(totals, w, first, w, first + (has_second ? HALF_ROWS : 0), codes, scales, inputs);
-    int second = threadIdx.x >> 7;
+    Totals totals;
+    multiply_many<F, F>(totals, w, first, w, first + (has_second ? HALF_ROWS : 0), codes, scales, inputs,
+                        num_columns - column0);
+    bool second = (int)threadIdx.x >= THREADS / 2;
     if (second && !has_second) return;
-    each_total(totals, [&](int r, int c, float sum) {
-        if (column0 + c >= num_columns) return;
-        size_t at = (size_t)(column0 + c) * ALL_ROWS + out_row + second * HALF_ROWS + r;
+    size_t first_out = (size_t)column0 * ALL_ROWS + out_row + second * HALF_ROWS;
+    each_column(totals, num_columns - column0, [&](int column, int r, const float (&sums)[4]) {
+        size_t at = first_out + (u32)(column * ALL_ROWS + r);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
 #ifdef RESIDUAL
-        sum = residual[at] + sum;
+            out[at + 8 * j] = residual[at + 8 * j] + sums[j];
+#else
+            out[at + 8 * j] = sums[j];
 #endif
-        out[at] = sum;
+        }
     });
 }
 
@@ -257,18 +372,23 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const i
     __syncthreads();
     int first = blockIdx.x * HALF_ROWS;
     size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
-    float totals[2][4][4];
-    multiply_many<FORMAT_0, FORMAT_1>(totals, GIVEN(0), row, GIVEN(1), row, codes, scales, inputs);
-    // up's products to shared memory, gate's threads multiply
-    constexpr int UP_STRIDE = HALF_ROWS + 1;
-    float *ups = (float*)shared, *h = ups + MANY_COLUMNS * UP_STRIDE;
-    bool is_up = threadIdx.x >= 128;
-    if (is_up) each_total(totals, [&](int r, int c, float sum) { ups[c * UP_STRIDE + r] = sum; });
+    Totals totals;
+    multiply_many<FORMAT_0, FORMAT_1>(totals, GIVEN(0), row, GIVEN(1), row, codes, scales, inputs, tile.count);
     __syncthreads();
-    if (!is_up)
-        each_total(totals, [&](int r, int c, float sum) {
-            h[(r / 32 * MANY_COLUMNS + c) * H_STRIDE + r % 32] = swiglu(sum, ups[c * UP_STRIDE + r]);
-        });
+    constexpr int SUM_STRIDE = HALF_ROWS + 1;
+    float *gates = (float*)shared, *ups = gates + MANY_COLUMNS * SUM_STRIDE, *h = ups + MANY_COLUMNS * SUM_STRIDE;
+    static_assert(MANY_COLUMNS * (2 * SUM_STRIDE + 2 * H_STRIDE) * 4 <= SHARED_SIZE, "the products must fit");
+    float* mine = (int)threadIdx.x >= THREADS / 2 ? ups : gates;
+    each_column(totals, tile.count, [&](int column, int r, const float (&sums)[4]) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) mine[column * SUM_STRIDE + r + 8 * j] = sums[j];
+    });
+    __syncthreads();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < tile.count * HALF_ROWS; i += THREADS) {
+        int column = i / HALF_ROWS, r = i % HALF_ROWS, at = column * SUM_STRIDE + r;
+        h[(r / 32 * MANY_COLUMNS + column) * H_STRIDE + r % 32] = swiglu(gates[at], ups[at]);
+    }
     __syncthreads();
     auto place = [&](int column) { return tile.pair(column); };
     put_hidden(h, tile.count, ROWS_0, first, out_codes, out_scales, place);
@@ -284,12 +404,14 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const i
     __shared__ int inputs[MANY_COLUMNS];
     if (threadIdx.x < MANY_COLUMNS) inputs[threadIdx.x] = tile.pair(threadIdx.x);
     __syncthreads();
-    int first = blockIdx.x * 2 * HALF_ROWS, second = threadIdx.x >> 7;
+    int first = blockIdx.x * 2 * HALF_ROWS, second = (int)threadIdx.x >= THREADS / 2;
     size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
-    float totals[2][4][4];
-    multiply_many<FORMAT_0, FORMAT_0>(totals, GIVEN(0), row, GIVEN(0), row + HALF_ROWS, codes, scales, inputs);
-    each_total(totals, [&](int r, int c, float sum) {
-        if (c < tile.count) out[(size_t)inputs[c] * ROWS_0 + first + second * HALF_ROWS + r] = sum;
+    Totals totals;
+    multiply_many<FORMAT_0, FORMAT_0>(totals, GIVEN(0), row, GIVEN(0), row + HALF_ROWS, codes, scales, inputs, tile.count);
+    each_column(totals, tile.count, [&](int column, int r, const float (&sums)[4]) {
+        float* to = out + (size_t)inputs[column] * ROWS_0 + first + second * HALF_ROWS + r;
+#pragma unroll
+        for (int j = 0; j < 4; j++) to[8 * j] = sums[j];
     });
 }
 #endif  // DOWN

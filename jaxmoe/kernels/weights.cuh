@@ -253,13 +253,17 @@ struct PairTile {
 // NUM rows of a weight, COUNT segments each, in shared memory: codes by row and segment (or by segment and row) with PAD
 // bytes between, which keep the banks apart; then s, m, d and d_m row by row.
 template <class F, int COUNT, int NUM, bool BY_SEGMENT, int PAD> struct SharedRows {
-    static constexpr int TASKS = NUM * COUNT, CODE_STRIDE = F::BYTES + PAD;
+    static constexpr int HEIGHT = NUM, NUM_SEGMENTS = COUNT, TASKS = NUM * COUNT, CODE_STRIDE = F::BYTES + PAD;
+    static constexpr int ROW_STRIDE = BY_SEGMENT ? CODE_STRIDE : COUNT * CODE_STRIDE;  // from a row to the next
     static constexpr int S = F::SPLIT ? 16 : 8, D = (F::BLOCK == SEGMENT ? 1 : 8) * (F::WIDE_D ? 4 : 2);  // bytes a segment
     static constexpr int stride(int size) { return size % 32 == 0 ? size + 16 : size; }
-    static constexpr int S_STRIDE = stride(COUNT * S), M_STRIDE = stride(COUNT * 8), D_STRIDE = stride(COUNT * D);
+    static constexpr int S_RUN = COUNT * S, M_RUN = COUNT * 8, D_RUN = COUNT * D;  // bytes of a row
+    static constexpr int S_STRIDE = stride(S_RUN), M_STRIDE = stride(M_RUN), D_STRIDE = stride(D_RUN);
     static constexpr int AT_S = TASKS * CODE_STRIDE, AT_M = AT_S + (F::S ? NUM * S_STRIDE : 0);
     static constexpr int AT_D = AT_M + (F::M ? NUM * M_STRIDE : 0), AT_D_M = AT_D + (F::HALF ? 0 : NUM * D_STRIDE);
     static constexpr int SIZE = (AT_D_M + (F::D_M ? NUM * D_STRIDE : 0) + 15) / 16 * 16;
+
+    static constexpr int SCALE_SIZE = F::HALF ? 0 : TASKS * ((F::S ? S : 0) + (F::M ? 8 : 0) + D * (F::D_M ? 2 : 1));  // bytes in the file
 
     METHOD static int at_codes(int row, int segment) {
         return (BY_SEGMENT ? segment * NUM + row : row * COUNT + segment) * CODE_STRIDE;
@@ -268,30 +272,56 @@ template <class F, int COUNT, int NUM, bool BY_SEGMENT, int PAD> struct SharedRo
     METHOD static int at_m(int row, int segment) { return AT_M + row * M_STRIDE + segment * 8; }
     METHOD static int at_d(int row, int segment) { return AT_D + row * D_STRIDE + segment * D; }
     METHOD static int at_d_m(int row, int segment) { return AT_D_M + row * D_STRIDE + segment * D; }
+};
 
-    // Start the copies of PARTS such runs of rows, part i from row `row_of(i)` on, one behind the other.
-    template <int PARTS, class RowOf> METHOD static void copy(u8* to, const Weight& w, RowOf row_of) {
-        constexpr int CHUNKS = F::BYTES / 16;
-#pragma unroll 1  // short code: what a block does not run twice has to be fetched first
-        for (int i = threadIdx.x; i < PARTS * TASKS * CHUNKS; i += THREADS) {
-            int part = i / (TASKS * CHUNKS), chunk = i % (TASKS * CHUNKS), task = chunk / CHUNKS;
-            copy_async(to + part * SIZE + at_codes(task / COUNT, task % COUNT) + chunk % CHUNKS * 16,
-                       w.codes + row_of(part) * (COUNT * F::BYTES) + chunk * 16);
+// The copy of such rows to shared memory in the background. What a thread copies is found once, so that a copy costs few
+// instructions.
+template <class F, class Rows> struct RowsCopy {
+    static constexpr int CHUNKS = F::BYTES / 16, A_ROW = Rows::NUM_SEGMENTS * CHUNKS, ALL = Rows::TASKS * CHUNKS;
+    static constexpr int PIECES = (Rows::SCALE_SIZE / 16 + THREADS - 1) / THREADS;  // of the scales, a thread
+    struct Piece {
+        const u8* from;
+        int run, to;  // run: bytes of a row; 0 where there is no piece
+    };
+    const u8* codes;
+    int codes_to;
+    Piece pieces[PIECES > 0 ? PIECES : 1];
+
+    METHOD RowsCopy(const Weight& w) : codes(w.codes + threadIdx.x * 16), codes_to(place(threadIdx.x)) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            int left = threadIdx.x + i * THREADS;
+            pieces[i] = Piece{nullptr, 0, 0};
+            if constexpr (F::S) add<Rows::S_RUN, Rows::S_STRIDE>(pieces[i], w.s, Rows::AT_S, left);
+            if constexpr (F::M) add<Rows::M_RUN, Rows::M_STRIDE>(pieces[i], w.m, Rows::AT_M, left);
+            if constexpr (!F::HALF) add<Rows::D_RUN, Rows::D_STRIDE>(pieces[i], w.d, Rows::AT_D, left);
+            if constexpr (F::D_M) add<Rows::D_RUN, Rows::D_STRIDE>(pieces[i], w.d_m, Rows::AT_D_M, left);
         }
-        if constexpr (F::HALF) return;
-        if constexpr (F::S) copy_run<PARTS, COUNT * S, S_STRIDE>(to + AT_S, w.s, row_of);
-        if constexpr (F::M) copy_run<PARTS, COUNT * 8, M_STRIDE>(to + AT_M, w.m, row_of);
-        if constexpr (!F::HALF) copy_run<PARTS, COUNT * D, D_STRIDE>(to + AT_D, w.d, row_of);
-        if constexpr (F::D_M) copy_run<PARTS, COUNT * D, D_STRIDE>(to + AT_D_M, w.d_m, row_of);
     }
-    // NUM runs of RUN bytes, as one where they may lie without a gap.
-    template <int PARTS, int RUN, int STRIDE, class RowOf> METHOD static void copy_run(u8* to, const void* from, RowOf row_of) {
-        constexpr int PIECE = RUN == STRIDE ? RUN * NUM : RUN, PIECES = RUN == STRIDE ? 1 : NUM, CHUNKS = PIECE / 16;
-        static_assert(PIECE % 16 == 0, "pieces of 16 bytes");
-#pragma unroll 1
-        for (int i = threadIdx.x; i < PARTS * PIECES * CHUNKS; i += THREADS) {
-            int part = i / (PIECES * CHUNKS), piece = i / CHUNKS % PIECES, at = i % CHUNKS * 16;
-            copy_async(to + part * SIZE + piece * STRIDE + at, (const u8*)from + row_of(part) * RUN + piece * PIECE + at);
-        }
+    // Piece `left` of an array, if it lies there: rows are one run where they may lie without a gap.
+    template <int RUN, int STRIDE> METHOD static void add(Piece& piece, const void* array, int at, int& left) {
+        constexpr int SIZE = RUN == STRIDE ? RUN * Rows::HEIGHT : RUN, COUNT = SIZE / 16, HERE = RUN * Rows::HEIGHT / 16;
+        static_assert(SIZE % 16 == 0, "pieces of 16 bytes");
+        if (left >= 0 && left < HERE)
+            piece = Piece{(const u8*)array + left * 16, RUN, at + left / COUNT * (RUN == STRIDE ? 0 : STRIDE) + left % COUNT * 16};
+        left -= HERE;
+    }
+    METHOD static int place(int chunk) {
+        int task = chunk / CHUNKS;
+        return Rows::at_codes(task / Rows::NUM_SEGMENTS, task % Rows::NUM_SEGMENTS) + chunk % CHUNKS * 16;
+    }
+    // Start the copy of the rows from `row` on.
+    METHOD void start(u8* to, size_t row) const {
+        const u8* p = codes + row * (Rows::NUM_SEGMENTS * F::BYTES);
+#pragma unroll
+        for (int i = 0; i < (ALL + THREADS - 1) / THREADS; i++)
+            if (ALL % THREADS == 0 || i * THREADS + (int)threadIdx.x < ALL) {
+                // mostly a thread's pieces lie whole rows apart
+                int here = THREADS % A_ROW == 0 ? codes_to + i * (THREADS / A_ROW) * Rows::ROW_STRIDE : place(threadIdx.x + i * THREADS);
+                copy_async(to + here, p + i * THREADS * 16);
+            }
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            if (pieces[i].run) copy_async(to + pieces[i].to, pieces[i].from + row * pieces[i].run);
     }
 };
