@@ -187,7 +187,7 @@ def test_blocks_that_take_several_segments_give_the_same_bits(monkeypatch: pytes
 def test_fewer_rows_a_block_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     state = decode_arrays(WIDE, 13, (250, 251, 252, 253, 254, 255, 256), 64)
     wanted = prefill(state, WIDE, state["qkv"], 2, 250, 7)
-    monkeypatch.setattr(attention, "_query_rows", lambda _: 32)
+    monkeypatch.setattr(attention, "_query_rows", lambda: (64, 1))
     assert same(prefill(state, WIDE, state["qkv"], 2, 250, 7)[:2], wanted[:2])
 
 

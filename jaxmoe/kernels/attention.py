@@ -20,19 +20,19 @@ from jaxmoe.config import MAX_PAGE_LENGTH, ModelConfig
 from jaxmoe.kernels import ptx
 from jaxmoe.kernels.comparison import Comparison
 
-SEGMENT_LENGTH = MAX_PAGE_LENGTH
+SEGMENT_LENGTH = 128
 _FILE = "attention.cu"
 _THREADS = 256
 _WARPS = 8
-# A block's queries in prefill, all heads of a key head of so many tokens: fewer where a block has no more
-# than 99 KB of shared memory.
-_QUERY_ROWS = 64
-_FEW_QUERY_ROWS = 32
-_SMALL_SHARED = ("8.6", "8.9", "12.0", "12.1")
+# A block's queries in prefill, all heads of a key head of so many tokens, and the segments on their way at once:
+# fewer where a block may have no more than 99 KB of shared memory.
+_QUERY_ROWS, _STAGES = 128, 2
+_FEW_QUERY_ROWS, _FEW_STAGES = 64, 1
+_LARGE_SHARED = ("9.0", "10.0", "10.3")
 _GROUP = 32  # numbers that share a scale
 # Blocks that a token's segments of one key head are spread over, by the highest number of rows they are for.
-_MAX_SPREAD = ((2, 64), (8, 32))
-_SPREAD_OF_MANY = 16
+_MAX_SPREAD = ((2, 64), (8, 16), (32, 8))
+_SPREAD_OF_MANY = 4
 
 
 def attend_decode(
@@ -63,16 +63,17 @@ def attend_decode(
     num_rows, num_segments = qkv.shape[0], _num_segments(keys, tables)
     width = config.num_heads * config.head_dim
     group = config.num_heads // config.num_kv_heads
+    spread = min(num_segments, _spread(num_rows))
     assert counters.shape[0] >= num_rows * config.num_kv_heads
     parts = (num_rows, config.num_kv_heads, num_segments, group, config.head_dim + 4)
     outputs = [*_rounded_shapes(num_rows, width), *map(_shape_of, (keys, values, counters))]
     codes, scales, keys, values, counters, _ = ptx.launch(
         _FILE,
         "attend_decode",
-        _macros(config, keys, tables),
+        {**_macros(config, keys, tables), "SPREAD": spread},
         (qkv, q_norm, k_norm, cos, sin, active, positions, tables, count, keys, values, counters),
         [*outputs, jax.ShapeDtypeStruct(parts, jnp.float32)],
-        grid=(config.num_kv_heads, min(num_segments, _spread(num_rows)), num_rows),
+        grid=(config.num_kv_heads, spread, num_rows),
         threads=_THREADS,
         shared_size=decode_shared_size(config),
         number=layer,
@@ -124,7 +125,8 @@ def attend_prefill(
     Gives codes int8 [T, N * H] and scales float32 [T, N * H / 32, 2]; rows past the count are not written.
     """
     num_rows, num_heads, head_dim = q.shape
-    tokens = _query_rows(config) // (num_heads // config.num_kv_heads)
+    rows, _ = _query_rows()
+    tokens = rows // (num_heads // config.num_kv_heads)
     codes, scales = ptx.launch(
         _FILE,
         "attend_prefill",
@@ -132,7 +134,7 @@ def attend_prefill(
         (q, where, tables, keys, values),
         _rounded_shapes(num_rows, num_heads * head_dim),
         grid=(config.num_kv_heads, -(-num_rows // tokens), 1),
-        threads=_THREADS,
+        threads=2 * rows,
         shared_size=prefill_shared_size(config),
         number=layer,
     )
@@ -140,17 +142,19 @@ def attend_prefill(
 
 
 def decode_shared_size(config: ModelConfig) -> int:
-    """Bytes of `DecodeShared`: values, shares, queries, the token's key and value, highest scores, a flag."""
+    """Bytes of `DecodeShared`: keys, values, shares, queries, the token's own, highest scores, a flag."""
     row_size = 2 * config.head_dim
     rows = 8 if config.num_heads <= 8 * config.num_kv_heads else 16
     per_row = 2 * SEGMENT_LENGTH + row_size + 4 * _WARPS
-    return SEGMENT_LENGTH * row_size + rows * per_row + 2 * row_size + 4
+    incoming = 4 * config.head_dim * (config.num_heads // config.num_kv_heads + 2)
+    return 2 * SEGMENT_LENGTH * row_size + rows * per_row + 2 * row_size + incoming + 4
 
 
 def prefill_shared_size(config: ModelConfig) -> int:
-    """Bytes of `PrefillShared`: values, shares, queries, highest scores."""
+    """Bytes of `PrefillShared`: keys and values of segments, and the mix so far."""
     row_size = 2 * config.head_dim
-    return SEGMENT_LENGTH * row_size + _query_rows(config) * (2 * SEGMENT_LENGTH + row_size + 2 * _WARPS)
+    rows, stages = _query_rows()
+    return stages * 2 * SEGMENT_LENGTH * row_size + rows * 2 * row_size
 
 
 def variants(config: ModelConfig) -> Iterator[tuple[str, str, dict[str, int | float | str], int]]:
@@ -164,12 +168,13 @@ def variants(config: ModelConfig) -> Iterator[tuple[str, str, dict[str, int | fl
         "attend_prefill": prefill_shared_size(config),
     }
     for name, size in sizes.items():
-        yield _FILE, name, _macros(config, keys, tables), size
+        yield _FILE, name, {**_macros(config, keys, tables), "SPREAD": _SPREAD_OF_MANY}, size
 
 
 def _macros(config: ModelConfig, keys: Any, tables: Any) -> dict[str, int | float | str]:
     _, num_pages, page_length, num_kv_heads, head_dim = keys.shape
     assert keys.dtype == jnp.bfloat16, f"the kernels' cache is bfloat16, not {keys.dtype}"
+    rows, stages = _query_rows()
     return {
         "NUM_HEADS": config.num_heads,
         "NUM_KV_HEADS": num_kv_heads,
@@ -180,13 +185,17 @@ def _macros(config: ModelConfig, keys: Any, tables: Any) -> dict[str, int | floa
         "NUM_SLOTS": tables.shape[0],
         "TABLE_LENGTH": tables.shape[1],
         "NUM_SEGMENTS": _num_segments(keys, tables),
-        "QUERY_ROWS": _query_rows(config),
+        "QUERY_ROWS": rows,
+        "STAGES": stages,
     }
 
 
-def _query_rows(config: ModelConfig) -> int:
+def _query_rows() -> tuple[int, int]:
+    """A block's queries in prefill, and the segments on their way at once."""
+    if jax.default_backend() != "gpu":
+        return _QUERY_ROWS, _STAGES
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return _FEW_QUERY_ROWS if capability in _SMALL_SHARED and config.head_dim == 128 else _QUERY_ROWS
+    return (_QUERY_ROWS, _STAGES) if capability in _LARGE_SHARED else (_FEW_QUERY_ROWS, _FEW_STAGES)
 
 
 def _num_segments(keys: Any, tables: Any) -> int:
@@ -330,7 +339,7 @@ def _attended(q: Array, keys: Array, values: Array, tables: Array, positions: Ar
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[2]
     q = (_bfloat16(q) if rounded else q).reshape(num_rows, num_kv_heads, -1, head_dim)
-    # [segments, M, 256, K, H]
+    # [segments, M, 128, K, H]
     split = [
         x[tables].reshape(num_rows, -1, SEGMENT_LENGTH, num_kv_heads, head_dim).swapaxes(0, 1)
         for x in (keys, values)
@@ -355,7 +364,7 @@ def _attended(q: Array, keys: Array, values: Array, tables: Array, positions: Ar
 
 
 def _segment(q: Array, keys: Array, values: Array, seen: Array, rounded: bool) -> tuple[Array, Array, Array]:
-    """Highest score and sum of shares [M, K, G], and the mix [M, K, G, H], of 256 keys."""
+    """Highest score and sum of shares [M, K, G], and the mix [M, K, G, H], of 128 keys."""
     scale = jnp.float32(math.log2(math.e) / math.sqrt(q.shape[-1]))
     product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     seen = seen[:, None, None]
@@ -515,7 +524,7 @@ def _paged_arrays(
     config: ModelConfig, rng: np.random.Generator, num_slots: int, length: int, page_length: int
 ) -> dict[str, Array]:
     """Tables of whole segments in any order of pages, and full pages."""
-    per_slot = -(-length // SEGMENT_LENGTH) * SEGMENT_LENGTH // page_length
+    per_slot = -(-length // MAX_PAGE_LENGTH) * MAX_PAGE_LENGTH // page_length
     tables = rng.permutation(num_slots * per_slot).reshape(num_slots, per_slot)
     shape = (_LAYER + 1, tables.size, page_length, config.num_kv_heads, config.head_dim)
     keys, values = (jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16) for _ in range(2))

@@ -23,10 +23,12 @@ FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
 _ROW, _FEW, _MANY = "matmul_row.cu", "matmul_few.cu", "matmul_many.cu"
 _MANY_THREADS = 128
 _MANY_FACTORS = 8192  # bytes of the scales of its weights
-_MANY_BLOCKS = 264  # below so many blocks the dense product takes narrower ones
+_MANY_BLOCKS = 264  # that run at once: two on each of the 132 multiprocessors of an H200
 _MANY_OUTPUTS = 16384  # from so many outputs on the kernel for many rows has enough blocks for a few of them
 _REGISTERS = 65536  # of a multiprocessor
 _HALF_ROWS = 64
+_OTHER_WARPS = 3  # of a grouped product, that copy and finish
+_STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
 # Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
 _SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
 _SMALL_SHARED = 99 << 10
@@ -106,7 +108,7 @@ def _pointers(w: QuantTensor) -> list[Array]:
 
 
 def _stage_size(weights: Sequence[QuantTensor], columns: int) -> int:
-    """Shared memory of one step of the kernel for many rows: half a segment of two halves and of the columns."""
+    """Shared memory of a step of the kernel for many rows: half a segment of two halves and of the columns."""
     halves = weights if len(weights) == 2 else [max(weights, key=_code_bits)] * 2
     codes = sum(_HALF_ROWS * (SEGMENT // 2 * _code_bits(w) // 8 + 16) for w in halves)
     return codes + columns * (SEGMENT // 2 + 16 + 48)
@@ -147,6 +149,12 @@ def _shared_rows_size(w: QuantTensor, num_rows: int, pad: int) -> int:
     return -(-num_rows * size // 16) * 16
 
 
+def _many_columns(blocks: int, num_rows: int) -> int:
+    """Columns of a block of the dense product: narrow ones cost 1.1 times as much, but fewer stand idle."""
+    wide, narrow = (-(-blocks * -(-num_rows // n) // _MANY_BLOCKS) for n in (MANY_TILE, MANY_TILE // 2))
+    return MANY_TILE // 2 if 1.1 * narrow < 2 * wide else MANY_TILE
+
+
 def _row_size(w: QuantTensor) -> int:
     """Bytes of one row of a weight in shared memory."""
     return _shared_rows_size(w, 16, 16) // 16
@@ -162,14 +170,16 @@ def _inputs_size(segments: int, tiles: int) -> int:
 
 
 def _grouped_launch(
-    stage: int, segments: int, num_units: int, inputs: int
+    stage: int, num_units: int, inputs: int, num_steps: int
 ) -> tuple[dict[str, int | float | str], int]:
-    """Macros and shared memory of a grouped product whose steps take `stage` bytes of weights."""
-    sums = num_units * 16 * 9 * 4
-    fitting = [n for n in (4, 3, 2, 1) if n * stage + min(n, 2) * inputs + sums + 4096 <= _shared_limit()]
+    """Macros and shared memory of a grouped product: `num_steps` steps a tile, of `stage` bytes of weights."""
+    fixed = 2 * (inputs + num_units * 16 * 9 * 4)
+    fitting = [
+        n for n in (4, 3, 2) if n <= num_steps + 1 and n * stage + fixed + _STATIC_SIZE <= _shared_limit()
+    ]
     assert fitting, f"a step of {stage} bytes does not fit {_shared_limit()} bytes of shared memory"
-    size = fitting[0] * stage + min(fitting[0], 2) * inputs + sums
-    return {"COLUMN_TILES": 1, "THREADS": _threads(num_units), "STAGES": fitting[0]}, size
+    threads = _threads(num_units) + 32 * _OTHER_WARPS
+    return {"COLUMN_TILES": 1, "THREADS": threads, "STAGES": fitting[0]}, fitting[0] * stage + fixed
 
 
 def _num_multiprocessors() -> int:
@@ -232,7 +242,7 @@ def dense(
         grid = (-(-num_rows // (8 * tiles)), all_rows // 16, 1)
     else:
         blocks = sum(-(-w.shape[-2] // 128) for w in weights)
-        columns = MANY_TILE if blocks * -(-num_rows // MANY_TILE) >= _MANY_BLOCKS else MANY_TILE // 2
+        columns = _many_columns(blocks, num_rows)
         file, (many, size) = _MANY, _many(weights, columns)
         defines |= many
         grid = (blocks, -(-num_rows // columns), 1)
@@ -287,7 +297,7 @@ def gate_up(
     if file == _FEW:
         segments = gate.shape[-1] // SEGMENT
         stage = sum(_shared_rows_size(w, 16, 16) for w in (gate, up))
-        launch, size = _grouped_launch(stage, segments, 2 * segments, _inputs_size(segments, 1))
+        launch, size = _grouped_launch(stage, 2 * segments, _inputs_size(segments, 1), width // 16)
         defines |= launch
         grid = (_num_multiprocessors(), 1, 1)
     else:
@@ -341,7 +351,9 @@ def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, inde
     if file == _FEW:
         row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
         stage = _shared_rows_size(w, 16 * row_tiles, 32)
-        launch, size = _grouped_launch(stage, segments, row_tiles * segments, _inputs_size(segments, 1))
+        launch, size = _grouped_launch(
+            stage, row_tiles * segments, _inputs_size(segments, 1), width // (16 * row_tiles)
+        )
         defines |= launch | {"ROW_TILES": row_tiles}
         grid = (_num_multiprocessors(), 1, 1)
     else:

@@ -12,14 +12,14 @@ struct Inputs {
     static constexpr int AT_SCALES = SEGMENTS * COLUMNS * CODE_STRIDE, SIZE = AT_SCALES + SEGMENTS * COLUMNS * SCALE_STRIDE;
 
     // row(column): which row of the inputs is meant.
-    template <class Row> METHOD static void copy(u8* to, const i8* codes, const float* scales, Row row) {
+    template <class Row> METHOD static void copy(u8* to, const i8* codes, const float* scales, Row row, int thread, int copiers) {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < COLUMNS * SEGMENTS * 16; i += THREADS) {
+        for (int i = thread; i < COLUMNS * SEGMENTS * 16; i += copiers) {
             int column = i / (SEGMENTS * 16), chunk = i % (SEGMENTS * 16);
             copy_async(to + (chunk / 16 * COLUMNS + column) * CODE_STRIDE + chunk % 16 * 16, codes + (size_t)row(column) * K + chunk * 16);
         }
 #pragma unroll 1
-        for (int i = threadIdx.x; i < COLUMNS * SEGMENTS * 4; i += THREADS) {
+        for (int i = thread; i < COLUMNS * SEGMENTS * 4; i += copiers) {
             int column = i / (SEGMENTS * 4), chunk = i % (SEGMENTS * 4);
             copy_async(to + AT_SCALES + (chunk / 4 * COLUMNS + column) * SCALE_STRIDE + chunk % 4 * 16,
                        (const u8*)scales + (size_t)row(column) * (K / 4) + chunk * 16);
@@ -149,8 +149,8 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row, const i8* cod
     static_assert(Rows::SIZE + Inputs::SIZE <= SHARED_SIZE, "weights and inputs must fit");
     size_t first = (size_t)stack_index() * rows + row;
     int column0 = blockIdx.x * COLUMNS, num_columns = count[0];
-    RowsCopy<F, Rows>(w).start(shared, first);
-    Inputs::copy(shared + Rows::SIZE, codes, scales, [=](int column) { return min(column0 + column, NUM_ROWS - 1); });
+    RowsCopy<F, Rows>(w, threadIdx.x).start(shared, first);
+    Inputs::copy(shared + Rows::SIZE, codes, scales, [=](int column) { return min(column0 + column, NUM_ROWS - 1); }, threadIdx.x, THREADS);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
@@ -197,24 +197,24 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, WEIGHT(
 #endif  // DENSE
 
 #if defined(GATE_UP) || defined(DOWN)
-constexpr int INPUT_SLOTS = STAGES > 1 ? 2 : 1;
-
 #ifdef GATE_UP
-constexpr int STEP_ROWS = 16, STEPS_AN_ITEM = 2;  // 32 rows of h are rounded together
+constexpr int STEP_ROWS = 16, STEPS_AN_ITEM = 2, PAIRS_A_ROW = ACTIVE;  // 32 rows of h are rounded together
 using First = SharedRows<FORMAT_0, SEGMENTS, STEP_ROWS, true, 16>;
 using Second = SharedRows<FORMAT_1, SEGMENTS, STEP_ROWS, true, 16>;
 constexpr int STAGE = First::SIZE + Second::SIZE, UNITS = 2 * SEGMENTS;
 #else
-constexpr int STEP_ROWS = 16 * ROW_TILES, STEPS_AN_ITEM = 1;
+constexpr int STEP_ROWS = 16 * ROW_TILES, STEPS_AN_ITEM = 1, PAIRS_A_ROW = 1;
 using First = SharedRows<FORMAT_0, SEGMENTS, STEP_ROWS, true, 32>;
 constexpr int STAGE = First::SIZE, UNITS = ROW_TILES * SEGMENTS;
 #endif
 
-// The grouped products: the blocks share all (tile, rows) out among them in runs, and each reads the weights of
-// STAGES - 1 steps ahead while it multiplies. A step is STEP_ROWS rows of gate and of up, or of down.
-constexpr int AT_INPUTS = STAGES * STAGE, AT_PARTS = AT_INPUTS + INPUT_SLOTS * Inputs::SIZE;
-constexpr int STEPS_A_TILE = ROWS_0 / STEP_ROWS;
-static_assert(AT_PARTS + UNITS * sizeof(Partial) <= SHARED_SIZE, "stages, inputs and sums must fit");
+// The grouped products: the blocks share all (tile, rows) out among them in runs. Most warps multiply; one finishes what
+// the step before left in `parts`; COPYING warps fetch the weights of STAGES - 1 steps ahead. A step is STEP_ROWS rows of
+// gate and of up, or of down.
+constexpr int AT_INPUTS = STAGES * STAGE, AT_PARTS = AT_INPUTS + 2 * Inputs::SIZE, STEPS_A_TILE = ROWS_0 / STEP_ROWS;
+static_assert(AT_PARTS + 2 * UNITS * sizeof(Partial) <= SHARED_SIZE, "stages, inputs and sums must fit");
+static_assert(STAGES >= 2 && STEPS_A_TILE >= STAGES - 1, "the inputs of two tiles are kept");
+constexpr int COPYING = 2, MULTIPLYING = WARPS - COPYING - 1;
 
 KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles, WEIGHT(0),
 #ifdef GATE_UP
@@ -224,88 +224,95 @@ KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, const int* pairs, 
                         float* out) {
 #endif
     constexpr int ITEMS_A_TILE = STEPS_A_TILE / STEPS_AN_ITEM;
-    int num_items = num_tiles[0] * ITEMS_A_TILE, warp = threadIdx.x >> 5;
+    int num_items = num_tiles[0] * ITEMS_A_TILE, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int begin = (int)((long long)num_items * blockIdx.x / gridDim.x) * STEPS_AN_ITEM;
     int end = (int)((long long)num_items * (blockIdx.x + 1) / gridDim.x) * STEPS_AN_ITEM;
     if (begin == end) return;
     const int4* all_tiles = (const int4*)tiles;
     auto pair_of = [&](int4 tile, int column) { return pairs[(size_t)tile.x * NUM_ROWS + tile.y + min(column, tile.z - 1)]; };
-    int ahead_tile = -1, slot = 0;  // of the step that is copied
-    int4 ahead = make_int4(0, 0, 0, 0);
-    RowsCopy<FORMAT_0, First> first(GIVEN(0));
-#ifdef GATE_UP
-    RowsCopy<FORMAT_1, Second> second(GIVEN(1));
-#endif
-    auto copy_step = [&](int step) {
-        if (step < end) {
-            int tile = step / STEPS_A_TILE;
-            u8* to = shared + (step - begin) % STAGES * STAGE;
-            if (tile != ahead_tile) {
-                ahead_tile = tile, ahead = all_tiles[tile], slot = (slot + 1) % INPUT_SLOTS;
-                Inputs::copy(shared + AT_INPUTS + slot * Inputs::SIZE, codes, scales, [&](int column) {
-#ifdef GATE_UP
-                    return pair_of(ahead, column) / ACTIVE;
-#else
-                    return pair_of(ahead, column);
-#endif
-                });
-            }
-            size_t row = ((size_t)stack_index() * MATRICES + ahead.x) * ROWS_0 + step % STEPS_A_TILE * STEP_ROWS;
-            first.start(to, row);
-#ifdef GATE_UP
-            second.start(to + First::SIZE, row);
-#endif
-        }
-        commit_copies();
-    };
-#pragma unroll 1
-    for (int i = 0; i < STAGES - 1; i++) copy_step(begin + i);
-    if (STAGES == 1) copy_step(begin);
-    int here = -1, here_slot = 0;
-    int4 tile = make_int4(0, 0, 0, 0);
     Partial* parts = (Partial*)(shared + AT_PARTS);
-#pragma unroll 1
-    for (int step = begin; step < end; step++) {
-        wait_copies<(STAGES > 2 ? STAGES - 2 : 0)>();
-        __syncthreads();
+
+    if (warp > MULTIPLYING) {
+        int copier = threadIdx.x - 32 * (MULTIPLYING + 1), last_tile = -1, slot = 0;
+        int4 tile = make_int4(0, 0, 0, 0);
+        RowsCopy<FORMAT_0, First, 32 * COPYING> first(GIVEN(0), copier);
 #ifdef GATE_UP
-        if (step > begin && step % 2 == 0)
-            put_hidden(h, tile.z, ROWS_0, (step - 2) % STEPS_A_TILE * STEP_ROWS, out_codes, out_scales, [&](int column) { return pair_of(tile, column); });
+        RowsCopy<FORMAT_1, Second, 32 * COPYING> second(GIVEN(1), copier);
 #endif
-        // a tile's inputs stay in their slot until the next but one tile is copied, when no step needs them
-        if (STAGES > 1) copy_step(step + STAGES - 1);
-        if (step / STEPS_A_TILE != here) here = step / STEPS_A_TILE, tile = all_tiles[here], here_slot = (here_slot + 1) % INPUT_SLOTS;
-        const u8 *from = shared + (step - begin) % STAGES * STAGE, *inputs = shared + AT_INPUTS + here_slot * Inputs::SIZE;
-#pragma unroll 1
-        for (int unit = warp; unit < UNITS; unit += WARPS) {
-            float sums[TILES][4];
+        auto copy_step = [&](int step) {
+            if (step < end) {
+                if (step / STEPS_A_TILE != last_tile) {
+                    last_tile = step / STEPS_A_TILE, tile = all_tiles[last_tile], slot ^= 1;
+                    auto row_of = [&](int column) { return pair_of(tile, column) / PAIRS_A_ROW; };
+                    Inputs::copy(shared + AT_INPUTS + slot * Inputs::SIZE, codes, scales, row_of, copier, 32 * COPYING);
+                }
+                size_t row = ((size_t)stack_index() * MATRICES + tile.x) * ROWS_0 + step % STEPS_A_TILE * STEP_ROWS;
+                u8* to = shared + (step - begin) % STAGES * STAGE;
+                first.start(to, row);
 #ifdef GATE_UP
-            bool is_up = unit >= SEGMENTS;
-            int segment = is_up ? unit - SEGMENTS : unit;
-            if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
-                multiply<FORMAT_0, First>(sums, from + (is_up ? First::SIZE : 0), inputs, 0, segment);
-            else
-                multiply<FORMAT_1, Second>(sums, from + First::SIZE, inputs, 0, segment);
-#else
-            multiply<FORMAT_0, First>(sums, from, inputs, unit / SEGMENTS * 16, unit % SEGMENTS);
+                second.start(to + First::SIZE, row);
 #endif
-            parts[unit].put(sums);
+            }
+            commit_copies();
+        };
+#pragma unroll 1
+        for (int step = begin; step < begin + STAGES - 1; step++) copy_step(step);
+#pragma unroll 1
+        for (int step = begin; step < end; step++) {
+            wait_copies<STAGES - 2>();
+            __syncthreads();
+            copy_step(step + STAGES - 1);
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < STEP_ROWS * tile.z; i += THREADS) {
-            int column = i / STEP_ROWS, r = i % STEP_ROWS;
+    } else if (warp == MULTIPLYING) {
+        int here = -1;
+        int4 tile = make_int4(0, 0, 0, 0);
+        __syncthreads();
+#pragma unroll 1
+        for (int step = begin; step < end; step++) {
+            if (step / STEPS_A_TILE != here) here = step / STEPS_A_TILE, tile = all_tiles[here];
+            int first_row = step % STEPS_A_TILE * STEP_ROWS;
+            __syncthreads();
+            const Partial* sums = parts + step % 2 * UNITS;
+            for (int i = lane; i < STEP_ROWS * tile.z; i += 32) {
+                int column = i / STEP_ROWS, r = i % STEP_ROWS;
 #ifdef GATE_UP
-            h[column * H_STRIDE + step % 2 * 16 + r] = swiglu(total(parts, r, column), total(parts + SEGMENTS, r, column));
+                h[column * H_STRIDE + step % 2 * 16 + r] = swiglu(total(sums, r, column), total(sums + SEGMENTS, r, column));
 #else
-            out[(size_t)pair_of(tile, column) * ROWS_0 + step % STEPS_A_TILE * STEP_ROWS + r] =
-                total(parts + r / 16 * SEGMENTS, r % 16, column);
+                out[(size_t)pair_of(tile, column) * ROWS_0 + first_row + r] = total(sums + r / 16 * SEGMENTS, r % 16, column);
+#endif
+            }
+#ifdef GATE_UP
+            __syncwarp();
+            auto place = [&](int column) { return pair_of(tile, column); };
+            if (step % 2) put_hidden(h, tile.z, ROWS_0, first_row - STEP_ROWS, out_codes, out_scales, place, lane, 32);
+            __syncwarp();
 #endif
         }
-        if (STAGES == 1) copy_step(step + 1);
+    } else {
+        int here = -1, slot = 0;
+#pragma unroll 1
+        for (int step = begin; step < end; step++) {
+            if (step / STEPS_A_TILE != here) here = step / STEPS_A_TILE, slot ^= 1;
+            __syncthreads();
+            const u8 *from = shared + (step - begin) % STAGES * STAGE, *inputs = shared + AT_INPUTS + slot * Inputs::SIZE;
+#pragma unroll 1
+            for (int unit = warp; unit < UNITS; unit += MULTIPLYING) {
+                float sums[TILES][4];
+#ifdef GATE_UP
+                bool is_up = unit >= SEGMENTS;
+                int segment = is_up ? unit - SEGMENTS : unit;
+                if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
+                    multiply<FORMAT_0, First>(sums, from + (is_up ? First::SIZE : 0), inputs, 0, segment);
+                else
+                    multiply<FORMAT_1, Second>(sums, from + First::SIZE, inputs, 0, segment);
+#else
+                multiply<FORMAT_0, First>(sums, from, inputs, unit / SEGMENTS * 16, unit % SEGMENTS);
+#endif
+                parts[step % 2 * UNITS + unit].put(sums);
+            }
+        }
+        __syncthreads();
     }
-#ifdef GATE_UP
-    __syncthreads();
-    put_hidden(h, tile.z, ROWS_0, (end - 2) % STEPS_A_TILE * STEP_ROWS, out_codes, out_scales, [&](int column) { return pair_of(tile, column); });
-#endif
 }
 #endif  // GATE_UP or DOWN

@@ -37,21 +37,25 @@ template <class F> DEVICE void stage_codes(u8* to, const u8* from) {
         copy_async(to + i * ROWS_AT_ONCE * CODE_STRIDE<F>, from + i * ROWS_AT_ONCE * ((size_t)K * F::BITS / 8));
 }
 
-DEVICE void stage_inputs(u8* x, u8* s, const i8* codes, const float* scales, const int* rows, int step) {
-    constexpr int CHUNKS = STEP / 16, SCALE_CHUNKS = STEP / GROUP * 8 / 16;
-    int at = threadIdx.x % CHUNKS * 16;
+// The first `num_columns` columns, up to a multiple of 16 of them, and all columns' scales.
+DEVICE void stage_inputs(u8* x, u8* s, const i8* codes, const float* scales, const int* rows, int step, int num_columns) {
+    constexpr int CHUNKS = STEP / 16, AT_ONCE = THREADS / CHUNKS, SCALE_CHUNKS = STEP / GROUP * 8 / 16;
+    constexpr int COPIES = MANY_COLUMNS / AT_ONCE, SCALE_COPIES = (MANY_COLUMNS * SCALE_CHUNKS + THREADS - 1) / THREADS;
+    static_assert(AT_ONCE == 16 && SCALE_COPIES == 1, "a thread copies scales once");
+    int column = threadIdx.x / CHUNKS, at = threadIdx.x % CHUNKS * 16;
+    int scale_column = threadIdx.x / SCALE_CHUNKS % MANY_COLUMNS, scale_at = threadIdx.x % SCALE_CHUNKS * 16;
+    int row[COPIES], scale_row = rows[scale_column];  // all read before the first copy, which they could not pass
 #pragma unroll
-    for (int i = 0; i < MANY_COLUMNS * CHUNKS / THREADS; i++) {
-        int column = threadIdx.x / CHUNKS + i * (THREADS / CHUNKS);
-        copy_async(x + column * X_STRIDE + at, codes + (size_t)rows[column] * K + step * STEP + at);
-    }
+    for (int i = 0; i < COPIES; i++) row[i] = rows[column + i * AT_ONCE];
+    x += column * X_STRIDE + at, codes += step * STEP + at;
 #pragma unroll
-    for (int i = 0; i < (MANY_COLUMNS * SCALE_CHUNKS + THREADS - 1) / THREADS; i++) {
-        int chunk = threadIdx.x + i * THREADS, column = chunk / SCALE_CHUNKS, part = chunk % SCALE_CHUNKS * 16;
-        if (MANY_COLUMNS * SCALE_CHUNKS % THREADS && column >= MANY_COLUMNS) break;
-        const u8* from = (const u8*)scales + (size_t)rows[column] * (K / GROUP * 8) + step * (STEP / GROUP * 8);
-        copy_async(s + column * SCALE_STRIDE + part, from + part);
+    for (int i = 0; i < COPIES; i++) {
+        if (i * AT_ONCE >= num_columns) break;
+        copy_async(x + i * AT_ONCE * X_STRIDE, codes + (size_t)(u32)row[i] * K);
     }
+    const u8* from = (const u8*)scales + step * (STEP / GROUP * 8) + scale_at;
+    if (MANY_COLUMNS * SCALE_CHUNKS == THREADS || threadIdx.x < MANY_COLUMNS * SCALE_CHUNKS)
+        copy_async(s + scale_column * SCALE_STRIDE + scale_at, from + (size_t)(u32)scale_row * (K / GROUP * 8));
 }
 
 // The scales of a segment of the lane's row on their way to shared memory: read a segment ahead.
@@ -218,10 +222,11 @@ DEVICE void multiply_floats(Totals& sums, const u8* codes, const u8* x, const u8
     }
 }
 
-// The products of both halves; `totals` are the warp's. `rows`: the inputs' row of each column, in shared memory.
+// The products of both halves; `totals` are the warp's. `rows`, in shared memory, becomes the inputs' row of each
+// column, a thread's own `my_row`: that of column threadIdx.x.
 template <class F0, class F1>
 DEVICE void multiply_many(Totals& totals, const Weight& w0, size_t row0, const Weight& w1, size_t row1, const i8* codes,
-                          const float* scales, const int* rows, int num_columns) {
+                          const float* scales, int* rows, int my_row, int num_columns) {
     using S = Stage<F0, F1>;
     int warp = threadIdx.x >> 5, r = warp % (WARPS / 2) * WARP_ROWS, lane = threadIdx.x & 31;
     bool second = warp >= WARPS / 2, is_first = IS_SAME<F0, F1> || !second;
@@ -232,15 +237,14 @@ DEVICE void multiply_many(Totals& totals, const Weight& w0, size_t row0, const W
     const u8* from = is_first ? lane_codes<F0>(w, row) : lane_codes<F1>(w, row);
     RowScales<F0> ahead0;
     RowScales<F1> ahead1;
-    auto stage = [&](int step, u8* to) {
-        if (step < STEPS) {
-            if (is_first)
-                stage_codes<F0>(to + my_codes, from + step * STEP_BYTES<F0>);
-            else
-                stage_codes<F1>(to + my_codes, from + step * STEP_BYTES<F1>);
-            stage_inputs(to + S::X, to + S::SCALES, codes, scales, rows, step);
-        }
-        commit_copies();
+    auto stage_weights = [&](int step, u8* to) {
+        if (is_first)
+            stage_codes<F0>(to + my_codes, from + step * STEP_BYTES<F0>);
+        else
+            stage_codes<F1>(to + my_codes, from + step * STEP_BYTES<F1>);
+    };
+    auto stage_columns = [&](int step, u8* to) {
+        stage_inputs(to + S::X, to + S::SCALES, codes, scales, rows, step, num_columns);
     };
     auto read_scales = [&](int segment) {
         if (is_first)
@@ -248,8 +252,17 @@ DEVICE void multiply_many(Totals& totals, const Weight& w0, size_t row0, const W
         else
             ahead1.read(w, row + lane, segment);
     };
-    for (int i = 0; i < STAGES - 1; i++) stage(i, shared + i * S::SIZE);
+    constexpr int AHEAD = STAGES - 1 < STEPS ? STAGES - 1 : STEPS;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) stage_weights(i, shared + i * S::SIZE);
     read_scales(0);
+    if (threadIdx.x < MANY_COLUMNS) rows[threadIdx.x] = my_row;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (i < AHEAD) stage_columns(i, shared + i * S::SIZE);
+        commit_copies();
+    }
 #pragma unroll
     for (int i = 0; i < 8 * COLUMN_TILES; i++) totals[i / (4 * COLUMN_TILES)][i / 4 % COLUMN_TILES][i % 4] = -0.f;
     u8 *now = shared, *before = shared + (STAGES - 1) * S::SIZE;
@@ -266,7 +279,9 @@ DEVICE void multiply_many(Totals& totals, const Weight& w0, size_t row0, const W
         for (int half = 0; half < 2; half++) {
             wait_copies<STAGES - 2>();
             __syncthreads();
-            stage(2 * segment + half + STAGES - 1, before);
+            int next = 2 * segment + half + STAGES - 1;
+            if (next < STEPS) stage_weights(next, before), stage_columns(next, before);
+            commit_copies();
             const u8 *x = now + S::X, *s = now + S::SCALES;
             const float* f = factors + half * (FACTORS_SIZE / 2);
             auto multiply = [&](auto format) {
@@ -311,13 +326,11 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row, const i8* cod
                   int num_columns, float* out) {
     __shared__ int inputs[MANY_COLUMNS];
     int column0 = blockIdx.y * MANY_COLUMNS;
-    if (threadIdx.x < MANY_COLUMNS) inputs[threadIdx.x] = min(column0 + (int)threadIdx.x, num_columns - 1);
-    __syncthreads();
     size_t first = (size_t)stack_index() * rows + row;
     bool has_second = row + HALF_ROWS < rows;  // else the first half twice
     Totals totals;
     multiply_many<F, F>(totals, w, first, w, first + (has_second ? HALF_ROWS : 0), codes, scales, inputs,
-                        num_columns - column0);
+                        min(column0 + (int)threadIdx.x, num_columns - 1), num_columns - column0);
     bool second = (int)threadIdx.x >= THREADS / 2;
     if (second && !has_second) return;
     size_t first_out = (size_t)column0 * ALL_ROWS + out_row + second * HALF_ROWS;
@@ -365,15 +378,14 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, WEIGHT(
 #ifdef GATE_UP
 KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
                         WEIGHT(0), WEIGHT(1), i8* out_codes, float* out_scales) {
+    PairTile tile(pairs, tiles);  // read along with the number of tiles
     if (blockIdx.y >= num_tiles[0]) return;
-    PairTile tile(pairs, tiles);
     __shared__ int inputs[MANY_COLUMNS];
-    if (threadIdx.x < MANY_COLUMNS) inputs[threadIdx.x] = tile.pair(threadIdx.x) / ACTIVE;
-    __syncthreads();
     int first = blockIdx.x * HALF_ROWS;
     size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
     Totals totals;
-    multiply_many<FORMAT_0, FORMAT_1>(totals, GIVEN(0), row, GIVEN(1), row, codes, scales, inputs, tile.count);
+    multiply_many<FORMAT_0, FORMAT_1>(totals, GIVEN(0), row, GIVEN(1), row, codes, scales, inputs,
+                                      tile.pair(threadIdx.x) / ACTIVE, tile.count);
     __syncthreads();
     constexpr int SUM_STRIDE = HALF_ROWS + 1;
     float *gates = (float*)shared, *ups = gates + MANY_COLUMNS * SUM_STRIDE, *h = ups + MANY_COLUMNS * SUM_STRIDE;
@@ -391,23 +403,22 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const i
     }
     __syncthreads();
     auto place = [&](int column) { return tile.pair(column); };
-    put_hidden(h, tile.count, ROWS_0, first, out_codes, out_scales, place);
-    put_hidden(h + MANY_COLUMNS * H_STRIDE, tile.count, ROWS_0, first + 32, out_codes, out_scales, place);
+    put_hidden(h, tile.count, ROWS_0, first, out_codes, out_scales, place, threadIdx.x, THREADS);
+    put_hidden(h + MANY_COLUMNS * H_STRIDE, tile.count, ROWS_0, first + 32, out_codes, out_scales, place, threadIdx.x, THREADS);
 }
 #endif  // GATE_UP
 
 #ifdef DOWN
 KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const int* pairs, const int* tiles, const int* num_tiles,
                         WEIGHT(0), float* out) {
+    PairTile tile(pairs, tiles);  // read along with the number of tiles
     if (blockIdx.y >= num_tiles[0]) return;
-    PairTile tile(pairs, tiles);
     __shared__ int inputs[MANY_COLUMNS];
-    if (threadIdx.x < MANY_COLUMNS) inputs[threadIdx.x] = tile.pair(threadIdx.x);
-    __syncthreads();
     int first = blockIdx.x * 2 * HALF_ROWS, second = (int)threadIdx.x >= THREADS / 2;
     size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
     Totals totals;
-    multiply_many<FORMAT_0, FORMAT_0>(totals, GIVEN(0), row, GIVEN(0), row + HALF_ROWS, codes, scales, inputs, tile.count);
+    multiply_many<FORMAT_0, FORMAT_0>(totals, GIVEN(0), row, GIVEN(0), row + HALF_ROWS, codes, scales, inputs,
+                                      tile.pair(threadIdx.x), tile.count);
     each_column(totals, tile.count, [&](int column, int r, const float (&sums)[4]) {
         float* to = out + (size_t)inputs[column] * ROWS_0 + first + second * HALF_ROWS + r;
 #pragma unroll

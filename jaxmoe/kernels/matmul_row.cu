@@ -135,7 +135,7 @@ template <class F> DEVICE void dense(const Weight& w, int rows, int row, int out
     __shared__ SharedRow<SEGMENTS> input;
     __shared__ float sums[Rows::TASKS];
     size_t first = (size_t)stack_index() * rows + row;
-    RowsCopy<F, Rows>(w).start(shared, first);
+    RowsCopy<F, Rows>(w, threadIdx.x).start(shared, first);
     float before = 0;
     if (threadIdx.x < ROWS && residual) before = residual[out_row + threadIdx.x];
 #ifdef NORMED
@@ -200,8 +200,8 @@ KERNEL(THREADS, 1) NAME(const float* x, const float* norm, const int* ids, WEIGH
     __shared__ float sums[2 * Gate::TASKS], segment_sums[SEGMENTS];
     int first = blockIdx.x * ROWS;
     size_t row = ((size_t)stack_index() * MATRICES + ids[blockIdx.y]) * ROWS_0 + first;
-    RowsCopy<FORMAT_0, Gate>(GIVEN(0)).start(shared, row);
-    RowsCopy<FORMAT_1, Up>(GIVEN(1)).start(shared + Gate::SIZE, row);
+    RowsCopy<FORMAT_0, Gate>(GIVEN(0), threadIdx.x).start(shared, row);
+    RowsCopy<FORMAT_1, Up>(GIVEN(1), threadIdx.x).start(shared + Gate::SIZE, row);
     commit_copies();
     norm_row<K>(input, segment_sums, x, norm + (size_t)norm_layer() * K, EPS);
     wait_copies<0>();
@@ -233,7 +233,7 @@ KERNEL(THREADS, 1) NAME(const float* h, const int* ids, const float* weights, co
     __shared__ SharedRow<ALL> input;
     __shared__ float sums[ACTIVE * Rows::TASKS];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = blockIdx.x * ROWS;
-    RowsCopy<FORMAT_0, Rows> rows(GIVEN(0));
+    RowsCopy<FORMAT_0, Rows> rows(GIVEN(0), threadIdx.x);
 #pragma unroll
     for (int j = 0; j < ACTIVE; j++)
         rows.start(shared + j * Rows::SIZE, ((size_t)stack_index() * MATRICES + ids[j]) * ROWS_0 + first);

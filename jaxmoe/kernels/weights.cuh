@@ -215,10 +215,11 @@ constexpr int SEGMENTS = K / SEGMENT;
 
 // 32 rows of h for each column, from shared memory [columns][H_STRIDE], to int8 in global memory.
 constexpr int H_STRIDE = 36;
-template <class Place> DEVICE void put_hidden(const float* h, int num_columns, int width, int first, i8* codes, float* scales, Place place) {
-    int quarter = threadIdx.x & 3;
-    for (int c0 = 0; c0 < num_columns; c0 += blockDim.x / 4) {
-        int column = c0 + (threadIdx.x >> 2);
+template <class Place>
+DEVICE void put_hidden(const float* h, int num_columns, int width, int first, i8* codes, float* scales, Place place, int thread, int num_threads) {
+    int quarter = thread & 3;
+    for (int c0 = 0; c0 < num_columns; c0 += num_threads / 4) {
+        int column = c0 + (thread >> 2);
         float v[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = column < num_columns ? h[column * H_STRIDE + quarter * 8 + i] : 0.f;
@@ -276,9 +277,9 @@ template <class F, int COUNT, int NUM, bool BY_SEGMENT, int PAD> struct SharedRo
 
 // The copy of such rows to shared memory in the background. What a thread copies is found once, so that a copy costs few
 // instructions.
-template <class F, class Rows> struct RowsCopy {
+template <class F, class Rows, int COPIERS = THREADS> struct RowsCopy {  // COPIERS threads share the work
     static constexpr int CHUNKS = F::BYTES / 16, A_ROW = Rows::NUM_SEGMENTS * CHUNKS, ALL = Rows::TASKS * CHUNKS;
-    static constexpr int PIECES = (Rows::SCALE_SIZE / 16 + THREADS - 1) / THREADS;  // of the scales, a thread
+    static constexpr int PIECES = (Rows::SCALE_SIZE / 16 + COPIERS - 1) / COPIERS;  // of the scales, a thread
     struct Piece {
         const u8* from;
         int run, to;  // run: bytes of a row; 0 where there is no piece
@@ -287,10 +288,12 @@ template <class F, class Rows> struct RowsCopy {
     int codes_to;
     Piece pieces[PIECES > 0 ? PIECES : 1];
 
-    METHOD RowsCopy(const Weight& w) : codes(w.codes + threadIdx.x * 16), codes_to(place(threadIdx.x)) {
+    int thread;
+
+    METHOD RowsCopy(const Weight& w, int thread_) : codes(w.codes + thread_ * 16), codes_to(place(thread_)), thread(thread_) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            int left = threadIdx.x + i * THREADS;
+            int left = thread + i * COPIERS;
             pieces[i] = Piece{nullptr, 0, 0};
             if constexpr (F::S) add<Rows::S_RUN, Rows::S_STRIDE>(pieces[i], w.s, Rows::AT_S, left);
             if constexpr (F::M) add<Rows::M_RUN, Rows::M_STRIDE>(pieces[i], w.m, Rows::AT_M, left);
@@ -314,11 +317,11 @@ template <class F, class Rows> struct RowsCopy {
     METHOD void start(u8* to, size_t row) const {
         const u8* p = codes + row * (Rows::NUM_SEGMENTS * F::BYTES);
 #pragma unroll
-        for (int i = 0; i < (ALL + THREADS - 1) / THREADS; i++)
-            if (ALL % THREADS == 0 || i * THREADS + (int)threadIdx.x < ALL) {
+        for (int i = 0; i < (ALL + COPIERS - 1) / COPIERS; i++)
+            if (ALL % COPIERS == 0 || i * COPIERS + thread < ALL) {
                 // mostly a thread's pieces lie whole rows apart
-                int here = THREADS % A_ROW == 0 ? codes_to + i * (THREADS / A_ROW) * Rows::ROW_STRIDE : place(threadIdx.x + i * THREADS);
-                copy_async(to + here, p + i * THREADS * 16);
+                int here = COPIERS % A_ROW == 0 ? codes_to + i * (COPIERS / A_ROW) * Rows::ROW_STRIDE : place(thread + i * COPIERS);
+                copy_async(to + here, p + i * COPIERS * 16);
             }
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
