@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -274,7 +275,7 @@ class Steps:
         graph, state = nnx.split(model)
         self._leaves, tree = jax.tree.flatten(state)
 
-        def compiled(function: Callable[..., Any]) -> Any:
+        def jitted(function: Callable[..., Any]) -> Any:
             def call(leaves: list[Array], *args: Any) -> Any:
                 return function(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), *args)
 
@@ -282,8 +283,9 @@ class Steps:
             call.__name__ = function.__name__
             return jax.jit(call, donate_argnums=(1, 2))
 
-        self._prefill = compiled(prefill_with_kernels if shapes.kernels else prefill)
-        self._decode = compiled(decode_with_kernels if shapes.kernels else decode)
+        self._prefill = jitted(prefill_with_kernels if shapes.kernels else prefill)
+        self._decode = jitted(decode_with_kernels if shapes.kernels else decode)
+        self._executables: dict[tuple[str, int], Any] = {}
         # a function object of its own: JAX counts compilations by function, over all engines of a process
         self._admit: Any = jax.jit(partial(admit), donate_argnums=0)
         self._make_state()
@@ -307,27 +309,41 @@ class Steps:
         self._device_active: tuple[Array, Array] | None = None
 
     def warm(self, progress: Callable[[float], None] = lambda _: None) -> None:
-        """Compile and run every bucket once, with no real rows; before the first request only."""
+        """Compile every bucket and run it once with no real rows; before the first request only."""
         shapes = self.shapes
-        work: list[Callable[[], Any]] = [
-            *(partial(self._warm_prefill, num_tokens) for num_tokens in shapes.prefill_buckets),
-            *(partial(self._warm_decode, num_slots) for num_slots in shapes.decode_buckets),
-            partial(self.admit, 0, SamplingParams(), prompt_ids=(), generated_ids=(), seed=0),
+        buckets = [
+            *(("prefill", num_tokens) for num_tokens in shapes.prefill_buckets),
+            *(("decode", num_slots) for num_slots in shapes.decode_buckets),
         ]
-        for done, step in enumerate(work, start=1):
-            step()
-            progress(done / len(work))
+        with ThreadPoolExecutor(min(len(buckets), os.cpu_count() or 1)) as threads:
+            compiling = [threads.submit(self._executable, *bucket) for bucket in buckets]
+            for done, _ in enumerate(as_completed(compiling), start=1):
+                progress(done / (len(buckets) + 1))
+            for task in compiling:
+                task.result()
+        for kind, bucket in buckets:
+            self._launch(kind, *self._idle_arguments(kind, bucket))
+        self.admit(0, SamplingParams(), prompt_ids=(), generated_ids=(), seed=0)
         jax.block_until_ready(self._slots)
+        progress(1.0)
 
-    def _warm_prefill(self, num_tokens: int) -> None:
-        self._launch_prefill(np.zeros(num_tokens, np.int32), np.zeros(4, np.int32))
+    def _idle_arguments(self, kind: str, bucket: int) -> tuple[Any, Any]:
+        if kind == "prefill":
+            return np.zeros(bucket, np.int32), np.zeros(4, np.int32)
+        return jnp.zeros(bucket, jnp.int32), jnp.int32(0)
 
-    def _warm_decode(self, num_slots: int) -> None:
-        self._launch_decode(jnp.zeros(num_slots, jnp.int32), jnp.int32(0))
+    def _executable(self, kind: str, bucket: int) -> Any:
+        """The compiled step of a bucket; compiled ahead of its call, so that buckets can be in parallel."""
+        if (kind, bucket) not in self._executables:
+            function = self._prefill if kind == "prefill" else self._decode
+            state = self._leaves, self._cache, self._slots, self._device_tables
+            lowered = function.lower(*state, *self._idle_arguments(kind, bucket))
+            self._executables[kind, bucket] = lowered.compile()
+        return self._executables[kind, bucket]
 
     def num_compilations(self) -> int:
         """Executables that the steps hold; constant once they are warm."""
-        return sum(function._cache_size() for function in (self._prefill, self._decode, self._admit))
+        return len(self._executables) + self._admit._cache_size()
 
     def admit(
         self,
@@ -351,7 +367,7 @@ class Steps:
         token_ids[:count] = step.token_ids
         self._set_pages([(step.slot, i, page) for i, page in enumerate(step.pages)])
         where = np.array([step.slot, step.start, count, step.is_last], np.int32)
-        sampled = self._launch_prefill(token_ids, where)
+        sampled = self._launch("prefill", token_ids, where)
         return PendingTokens(sampled, [self._num_logprobs[step.slot]] if step.is_last else [])
 
     def decode(self, step: Decode) -> PendingTokens:
@@ -363,17 +379,14 @@ class Steps:
             padded = np.zeros(bucket, np.int32)
             padded[: len(step.slots)] = step.slots
             self._device_active = jnp.asarray(padded), jnp.int32(len(step.slots))
-        sampled = self._launch_decode(*self._device_active)
+        sampled = self._launch("decode", *self._device_active)
         return PendingTokens(sampled, [self._num_logprobs[slot] for slot in step.slots])
 
-    def _launch_prefill(self, token_ids: np.ndarray, where: np.ndarray) -> Sampled:
-        args = self._cache, self._slots, self._device_tables, token_ids, where
-        self._cache, self._slots, sampled = self._prefill(self._leaves, *args)
-        return sampled
-
-    def _launch_decode(self, active: Array, count: Array) -> Sampled:
-        args = self._cache, self._slots, self._device_tables, active, count
-        self._cache, self._slots, sampled = self._decode(self._leaves, *args)
+    def _launch(self, kind: str, rows: Any, numbers: Any) -> Sampled:
+        """Run a step on token ids [T] and `where`, or on slots [b] and their count."""
+        step = self._executable(kind, rows.shape[0])
+        args = self._leaves, self._cache, self._slots, self._device_tables, rows, numbers
+        self._cache, self._slots, sampled = step(*args)
         return sampled
 
     def _set_pages(self, pages: Sequence[tuple[int, int, int]]) -> None:

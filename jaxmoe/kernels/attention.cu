@@ -31,6 +31,16 @@ static_assert(256 % PAGE_LENGTH == 0, "pages are cut from two segments without a
 #endif
 #define INFINITE __uint_as_float(0x7f800000u)
 
+// The same number, which is then kept in a register instead of computed anew wherever it is needed.
+#ifdef EMULATED
+DEVICE int kept(int number) { return number; }
+#else
+DEVICE int kept(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+#endif
+
 // Pieces of 16 bytes are mixed up inside a row, so that neither 8 rows of one column nor pairs of rows meet in
 // the same banks.
 DEVICE int row_mix(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
@@ -90,7 +100,7 @@ DEVICE void norm_and_rotate(Head& head, const Head& norm, const Angles& angles) 
     for (int i = 1; i < PAIRS; i++) sum = fmaf(head.low.v[i], head.low.v[i], sum);
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) sum = fmaf(head.high.v[i], head.high.v[i], sum);
-    float r = __fdiv_rn(1.f, __fsqrt_rn(sum_of_lanes(sum) * (1.f / H) + EPS));
+    float r = rsqrtf(sum_of_lanes(sum) * (1.f / H) + EPS);
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         float low = head.low.v[i] * r * norm.low.v[i], high = head.high.v[i] * r * norm.high.v[i];
@@ -115,16 +125,19 @@ DEVICE void copy_rows(u8* rows, const u16* pages, const int* table, int token, i
     }
 }
 
+// Where in rows of keys a lane finds piece j of key l/4.
+DEVICE int piece_of_key(int j) {
+    int lane = threadIdx.x & 31;
+    return (lane >> 2) * ROW + ((4 * j + (lane & 3)) ^ row_mix(lane >> 2)) * 16;
+}
 // scores[n] += queries * keys of 8 keys each: lane l has keys 2 * (l%4) and the next, of rows l/4 and l/4 + 8.
-// `keys` is row l/4 of the first.
 template <int TILES>
-DEVICE void score_keys(float (*scores)[4], uint4 low, uint4 high, const u8* keys, int j) {
-    int lane = threadIdx.x & 31, at = ((4 * j + (lane & 3)) ^ row_mix(lane >> 2)) * 16;
+DEVICE void score_keys(float (*scores)[4], uint4 first, uint4 second, const u8* keys) {
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-        uint4 key = *(const uint4*)(keys + 8 * n * ROW + at);
-        mma_bfloat16(scores[n], low.x, high.x, low.y, high.y, key.x, key.y);
-        mma_bfloat16(scores[n], low.z, high.z, low.w, high.w, key.z, key.w);
+        uint4 key = *(const uint4*)(keys + 8 * n * ROW);
+        mma_bfloat16(scores[n], first.x, first.y, first.z, first.w, key.x, key.y);
+        mma_bfloat16(scores[n], second.x, second.y, second.z, second.w, key.z, key.w);
     }
 }
 
@@ -158,10 +171,14 @@ constexpr int COLUMNS = H / 64;        // tiles of 8 numbers of H that a warp mi
 struct DecodeShared {
     u8 keys[KEYS * ROW];  // at the end the only part of a token that has one
     u8 values[KEYS * ROW];
-    u8 shares[QUERIES * KEYS * 2];
-    u8 queries[QUERIES * ROW];
+    // both as lanes multiply them, 16 bytes a lane: [step of 16][lane][rows l/4, l/4 + 8, l/4, l/4 + 8]; rows past G
+    // are whatever they are
+    u8 queries[16 * ROW];
+    union {
+        u8 shares[16 * KEYS * 2];
+        float incoming[G + 2][H];  // of queries, key and value; not after the first segment's scores
+    };
     u8 fresh[2 * ROW];  // the token's own key and value
-    float incoming[G + 2][H];  // of queries, key and value
     float maxima[QUERIES][WARPS];
     int is_last;
 };
@@ -187,20 +204,25 @@ DEVICE void copy_token(DecodeShared& s, const float* qkv, int row, int kv_head) 
     commit_copies();
 }
 
+// Where number i of a head lies among the queries; i + H / 2 lies 8 * ROW bytes after it.
+DEVICE int place_of_query(int head, int i) {
+    int step = i / 32 * 2 + i % 8 / 4, lane = head % 8 * 4 + i % 32 / 8;
+    return (step * 32 + lane) * 16 + (i % 4 / 2 * 2 + head / 8) * 4 + i % 2 * 2;
+}
+
 // Queries of this key head, and, for the owner, the token's own key and value, to shared memory.
-DEVICE void prepare_token(DecodeShared& s, const float* q_norm, const float* k_norm, const Angles& angles,
-                          int num_heads) {
+DEVICE void prepare_token(DecodeShared& s, const Head (&norms)[2], const Angles& angles, int num_heads) {
     int i = PAIRS * (threadIdx.x & 31);
     __syncwarp();
 #pragma unroll 1
     for (int head = threadIdx.x >> 5; head < num_heads; head += WARPS) {
-        Head norm = load_head(head < G ? q_norm : k_norm), h;
-        h.low = load_shared(s.incoming[head] + i), h.high = load_shared(s.incoming[head] + H / 2 + i);
+        Head h = {load_shared(s.incoming[head] + i), load_shared(s.incoming[head] + H / 2 + i)};
+        Head norm = norms[0];
+        if (head >= G) norm = norms[1];
         if (head <= G) norm_and_rotate(h, norm, angles);
-        int mix = head < G ? row_mix(head) : 0;
-        u16* row = (u16*)(head < G ? s.queries + head * ROW : s.fresh + (head - G) * ROW);
-        store_few(row + ((i >> 3) ^ mix) * 8 + (i & 7), h.low);
-        store_few(row + (((i + H / 2) >> 3) ^ mix) * 8 + (i & 7), h.high);
+        u8* to = head < G ? s.queries + place_of_query(head, i) : s.fresh + (head - G) * ROW + 2 * i;
+        store_few((u16*)to, h.low);
+        store_few((u16*)(to + (head < G ? 8 * ROW : ROW / 2)), h.high);
     }
 }
 
@@ -228,10 +250,8 @@ DEVICE void share_segment(DecodeShared& s, int seen, float (&highest)[2]) {
     if (16 * warp < seen) {
 #pragma unroll
         for (int j = 0; j < PARTS; j++) {
-            const uint4* query = (const uint4*)s.queries + row * CHUNKS + ((4 * j + (lane & 3)) ^ row_mix(row));
-            uint4 high = make_uint4(0, 0, 0, 0);
-            if (WIDE) high = query[8 * CHUNKS];
-            score_keys<2>(scores, query[0], high, s.keys + (16 * warp + row) * ROW, j);
+            const uint4* query = (const uint4*)s.queries + 64 * j + lane;
+            score_keys<2>(scores, query[0], query[32], s.keys + 16 * warp * ROW + piece_of_key(j));
         }
     }
 #pragma unroll
@@ -247,16 +267,16 @@ DEVICE void share_segment(DecodeShared& s, int seen, float (&highest)[2]) {
         if ((lane & 3) == 0) s.maxima[8 * h + row][warp] = found;
     }
     __syncthreads();
+    u32 shares[2][2] = {};
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
         const float4* of = (const float4*)s.maxima[8 * h + row];
         float4 a = of[0], b = of[1];
         highest[h] = SCALE * fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
-        // of 32 keys, as a lane multiplies them: 16 bytes
-        u8* to = s.shares + (((warp >> 1) * QUERIES + 8 * h + row) * 4 + (lane & 3)) * 16 + 8 * (warp & 1);
-        *(uint2*)to = make_uint2(shares_of(scores[0][2 * h], scores[0][2 * h + 1], highest[h]),
-                                 shares_of(scores[1][2 * h], scores[1][2 * h + 1], highest[h]));
+        shares[0][h] = shares_of(scores[0][2 * h], scores[0][2 * h + 1], highest[h]);
+        shares[1][h] = shares_of(scores[1][2 * h], scores[1][2 * h + 1], highest[h]);
     }
+    ((uint4*)s.shares)[threadIdx.x] = make_uint4(shares[0][0], shares[0][1], shares[1][0], shares[1][1]);
 }
 
 // mix += shares * values for COLUMNS * 8 numbers of H; sum += shares * 1.
@@ -264,23 +284,18 @@ DEVICE void mix_segment(const DecodeShared& s, float (&mix)[COLUMNS][4], float (
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, key = COLUMNS == 2 ? lane & 15 : lane;
     const u8* value = s.values + key * ROW + ((COLUMNS * warp + (COLUMNS == 2 ? lane >> 4 : 0)) ^ row_mix(key)) * 16;
     const uint4* share = (const uint4*)s.shares + lane;
-#pragma unroll 2
-    for (int group = 0; group < groups; group++, share += 4 * QUERIES, value += 32 * ROW) {
-        uint4 low = share[0], high = make_uint4(0, 0, 0, 0);
-        if (WIDE) high = share[32];
+#pragma unroll 1
+    for (int group = 0; group < groups; group++, share += 64, value += 32 * ROW) {
+        uint4 a = share[0], b = share[32];
         u32 r[4], q[4];
         load_transposed(r, value);
-        mma_bfloat16(mix[0], low.x, high.x, low.y, high.y, r[0], r[1]);
-        if (COLUMNS == 2) {
-            load_transposed(q, value + 16 * ROW);
-            mma_bfloat16(mix[COLUMNS - 1], low.x, high.x, low.y, high.y, r[2], r[3]);
-            mma_bfloat16(mix[0], low.z, high.z, low.w, high.w, q[0], q[1]);
-            mma_bfloat16(mix[COLUMNS - 1], low.z, high.z, low.w, high.w, q[2], q[3]);
-        } else {
-            mma_bfloat16(mix[0], low.z, high.z, low.w, high.w, r[2], r[3]);
-        }
-        mma_bfloat16(sum, low.x, high.x, low.y, high.y, ONES, ONES);
-        mma_bfloat16(sum, low.z, high.z, low.w, high.w, ONES, ONES);
+        if (COLUMNS == 2) load_transposed(q, value + 16 * ROW);
+        mma_bfloat16(mix[0], a.x, a.y, a.z, a.w, r[0], r[1]);
+        if (COLUMNS == 2) mma_bfloat16(mix[COLUMNS - 1], a.x, a.y, a.z, a.w, r[2], r[3]);
+        mma_bfloat16(sum, a.x, a.y, a.z, a.w, ONES, ONES);
+        mma_bfloat16(mix[0], b.x, b.y, b.z, b.w, COLUMNS == 2 ? q[0] : r[2], COLUMNS == 2 ? q[1] : r[3]);
+        if (COLUMNS == 2) mma_bfloat16(mix[COLUMNS - 1], b.x, b.y, b.z, b.w, q[2], q[3]);
+        mma_bfloat16(sum, b.x, b.y, b.z, b.w, ONES, ONES);
     }
 }
 
@@ -329,11 +344,11 @@ struct Mixed {
     float4 mix;
     float highest, sum;
 };
-DEVICE Mixed load_part(const float* row, int rest, int part) {
-    row += part * PART_FLOATS;
-    float4 mix = *(const float4*)row;
-    float2 two = *(const float2*)(row + rest);
-    return {mix, two.x, two.y};
+DEVICE Mixed load_part(const float* mix, const float* rest, u32 part) {
+    constexpr u64 SIZE = PART_FLOATS * sizeof(float);
+    float4 four = *(const float4*)((const u8*)mix + part * SIZE);
+    float2 two = *(const float2*)((const u8*)rest + part * SIZE);
+    return {four, two.x, two.y};
 }
 DEVICE void merge(Mixed& to, const Mixed& next) {
     float a, b, both = fmaxf(to.highest, next.highest);
@@ -347,19 +362,23 @@ DEVICE void merge(Mixed& to, const Mixed& next) {
 DEVICE Mixed merge_parts(const float* parts, int num_parts, bool single, int item) {
     const Mixed none = {make_float4(0, 0, 0, 0), -INFINITE, 0};
     Mixed all = none, now[RUN], next[RUN];
-    const float* row = parts + item * 4 / H * ROW_FLOATS + item * 4 % H;
-    int rest = H - item * 4 % H;
+    const float* row = parts + (u32)item / (H / 4) * ROW_FLOATS;
+    const float *mix = row + (u32)item % (H / 4) * 4, *rest = row + H;
 #pragma unroll 1
     for (int first = -RUN; first < num_parts; first += RUN) {
 #pragma unroll
-        for (int i = 0; i < RUN; i++) next[i] = load_part(row, rest, min(first + RUN + i, num_parts - 1));
-        Mixed run = none;
-        if (first >= 0)
+        for (int i = 0; i < RUN; i++) next[i] = load_part(mix, rest, min(first + RUN + i, num_parts - 1));
+        if (first >= 0) {
+            // runs go on from those before them, which is the same as merging them with nothing first
+            Mixed run = single ? none : all;
 #pragma unroll
-            for (int i = 0; i < RUN; i++) {
+            for (int i = 0; i < RUN; i++)
                 if (first + i < num_parts) merge(run, now[i]);
-                if (i == RUN - 1 || !single) merge(all, run), run = none;
-            }
+            if (single)
+                merge(all, run);
+            else
+                all = run;
+        }
 #pragma unroll
         for (int i = 0; i < RUN; i++) now[i] = next[i];
     }
@@ -445,8 +464,9 @@ attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const 
         commit_copies();
         if (is_first) {
             Angles angles = load_angles(cosines, sines, position);
+            const Head norms[2] = {load_head(q_norm + layer * H), load_head(k_norm + layer * H)};
             wait_copies<2>();
-            prepare_token(s, q_norm + layer * H, k_norm + layer * H, angles, is_owner ? G + 2 : G);
+            prepare_token(s, norms, angles, is_owner ? G + 2 : G);
             __syncthreads();
             is_first = false;
         }
@@ -497,18 +517,24 @@ prepare(const float* qkv, const float* q_norm, const float* k_norm, const float*
     Angles angles = load_angles(cosines, sines, position);
     keys += layer_start(layer) + row_start(token, 0), values += layer_start(layer) + row_start(token, 0);
 #pragma unroll 1
-    for (int first = warp; first < N + 2 * K; first += AT_ONCE * WARPS) {
+    for (int first = 0; first < N + 2 * K; first += AT_ONCE * WARPS) {
         Head heads[AT_ONCE];
 #pragma unroll
         for (int n = 0; n < AT_ONCE; n++)
-            heads[n] = load_head(qkv + (u64)row * QKV + min(first + n * WARPS, N + 2 * K - 1) * H);
+            heads[n] = load_head(qkv + (u64)row * QKV + min(first + n * WARPS + warp, N + 2 * K - 1) * H);
 #pragma unroll
         for (int n = 0; n < AT_ONCE; n++) {
-            int head = first + n * WARPS;
-            if (head >= N + 2 * K) break;
-            if (head < N + K) norm_and_rotate(heads[n], head < N ? norms[0] : norms[1], angles);
-            u16* to = head < N ? queries + ((u64)row * N + head) * H
-                               : head < N + K ? keys + (head - N) * H : values + (head - N - K) * H;
+            // what all warps have needs no question
+            int lowest = first + n * WARPS, head = lowest + warp;
+            bool is_query = lowest + WARPS <= N || (lowest < N && head < N);
+            if (lowest + WARPS > N + 2 * K && head >= N + 2 * K) break;
+            u16* to = queries + ((u64)row * N + head) * H;
+            if (is_query)
+                norm_and_rotate(heads[n], norms[0], angles);
+            else if (head < N + K)
+                norm_and_rotate(heads[n], norms[1], angles), to = keys + (head - N) * H;
+            else
+                to = values + (head - N - K) * H;
             store_few(to + i, heads[n].low);
             store_few(to + H / 2 + i, heads[n].high);
         }
@@ -538,9 +564,24 @@ DEVICE void copy_segment(PrefillShared& s, int stage, const u16* keys, const u16
     }
 }
 
+// Where a lane finds its pieces in a segment.
+struct Places {
+    int key[PARTS], value[WIDTH / 2];
+};
+DEVICE Places places_of_lane() {
+    int lane = threadIdx.x & 31, key = lane & 15;
+    Places places;
+#pragma unroll
+    for (int j = 0; j < PARTS; j++) places.key[j] = kept(piece_of_key(j));
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; i++)
+        places.value[i] = kept(key * ROW + ((2 * i + (lane >> 4)) ^ row_mix(key)) * 16);
+    return places;
+}
+
 // Shares of 16 rows and a segment's keys, as a lane multiplies them: two words of row l/4 and l/4 + 8 for 16 keys.
 // Row h sees the first seen[h] keys, `least` of them at least, and no row more than `most`.
-DEVICE void share_rows(const u8* keys, const uint4 (&queries)[2][PARTS], const int (&seen)[2], int least, int most,
+DEVICE void share_rows(const Places& places, const u8* keys, const uint4 (&queries)[PARTS][2], const int (&seen)[2], int least, int most,
                        u32 (&shares)[TILES][2], float (&highest)[2]) {
     int lane = threadIdx.x & 31;
     float scores[TILES][4] = {};
@@ -549,7 +590,7 @@ DEVICE void share_rows(const u8* keys, const uint4 (&queries)[2][PARTS], const i
         if (8 * n < most)
 #pragma unroll
             for (int j = 0; j < PARTS; j++)
-                score_keys<4>(scores + n, queries[0][j], queries[1][j], keys + (8 * n + (lane >> 2)) * ROW, j);
+                score_keys<4>(scores + n, queries[j][0], queries[j][1], keys + 8 * n * ROW + places.key[j]);
     if (least < KEYS)
 #pragma unroll
         for (int n = 0; n < TILES; n++)
@@ -579,9 +620,8 @@ DEVICE void clear(MixedRows& rows) {
 }
 
 // A segment's shares * values and shares * 1, merged into the run. Half of the numbers of H at a time: registers.
-DEVICE void mix_rows(MixedRows& run, const u32 (&shares)[TILES][2], const float (&highest)[2], const u8* values,
+DEVICE void mix_rows(const Places& places, MixedRows& run, const u32 (&shares)[TILES][2], const float (&highest)[2], const u8* values,
                      int most) {
-    int lane = threadIdx.x & 31, key = lane & 15;
     float a[2], b[2], sum[4] = {};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -589,7 +629,6 @@ DEVICE void mix_rows(MixedRows& run, const u32 (&shares)[TILES][2], const float 
         weigh(run.highest[h], highest[h], finite(both), a[h], b[h]);
         run.highest[h] = both;
     }
-    values += key * ROW;
 #pragma unroll
     for (int first = 0; first < WIDTH; first += WIDTH / 2) {
         float mix[WIDTH / 2][4] = {};
@@ -600,7 +639,7 @@ DEVICE void mix_rows(MixedRows& run, const u32 (&shares)[TILES][2], const float 
 #pragma unroll
             for (int i = 0; i < WIDTH / 2; i += 2) {
                 u32 r[4];
-                load_transposed(r, values + 8 * n * ROW + ((first + i + (lane >> 4)) ^ row_mix(key)) * 16);
+                load_transposed(r, values + 8 * n * ROW + places.value[(first + i) / 2]);
                 mma_bfloat16(mix[i], a0, a1, a2, a3, r[0], r[1]);
                 mma_bfloat16(mix[i + 1], a0, a1, a2, a3, r[2], r[3]);
             }
@@ -670,7 +709,7 @@ attend_prefill(const u16* queries, const int* where, const int* tables, const u1
     keys += layer_start(layer), values += layer_start(layer);
     copy_segment(s, 0, keys, values, table, 0, end);
     commit_copies();
-    uint4 q[2][PARTS];
+    uint4 pieces[2][PARTS], q[PARTS][2];
     int bounds[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -679,8 +718,14 @@ attend_prefill(const u16* queries, const int* where, const int* tables, const u1
         const u16* from = queries + ((u64)(first + min(token, tile.num_tokens - 1)) * N + (int)blockIdx.x * G +
                                      row % G) * H + 8 * (lane & 3);
 #pragma unroll
-        for (int j = 0; j < PARTS; j++) q[h][j] = __ldg((const uint4*)(from + 32 * j));
+        for (int j = 0; j < PARTS; j++) pieces[h][j] = __ldg((const uint4*)(from + 32 * j));
     }
+#pragma unroll
+    for (int j = 0; j < PARTS; j++) {
+        uint4 low = pieces[0][j], high = pieces[1][j];
+        q[j][0] = make_uint4(low.x, high.x, low.y, high.y), q[j][1] = make_uint4(low.z, high.z, low.w, high.w);
+    }
+    Places places = places_of_lane();
     MixedRows run;
     clear(run);
     float sum[2] = {0, 0}, highest[2] = {-INFINITE, -INFINITE};
@@ -696,8 +741,8 @@ attend_prefill(const u16* queries, const int* where, const int* tables, const u1
         u32 shares[TILES][2];
         int seen[2] = {bounds[0] - start, bounds[1] - start};
         float next_highest[2];
-        share_rows(s.keys[stage], q, seen, tile.position + 1 - start, end - start, shares, next_highest);
-        mix_rows(run, shares, next_highest, s.values[stage], end - start);
+        share_rows(places, s.keys[stage], q, seen, tile.position + 1 - start, end - start, shares, next_highest);
+        mix_rows(places, run, shares, next_highest, s.values[stage], end - start);
         if (segment == last || segment % RUN == RUN - 1) {
             merge_run(s, run, sum, highest, segment < RUN);
             clear(run);

@@ -24,15 +24,15 @@ SEGMENT_LENGTH = 128
 _FILE = "attention.cu"
 _THREADS = 256
 _WARPS = 8
-# A block's queries in prefill, all heads of a key head of so many tokens, and the segments on their way at once:
-# fewer where a block may have no more than 99 KB of shared memory.
+# A block's queries in prefill, all heads of a key head of so many tokens, and the segments on their way at
+# once: fewer where a block may have no more than 99 KB of shared memory.
 _QUERY_ROWS, _STAGES = 128, 2
 _FEW_QUERY_ROWS, _FEW_STAGES = 64, 1
 _LARGE_SHARED = ("9.0", "10.0", "10.3")
 _GROUP = 32  # numbers that share a scale
-# Blocks that a token's segments of one key head are spread over, by the highest number of rows they are for.
-_MAX_SPREAD = ((2, 64), (8, 16), (32, 8))
-_SPREAD_OF_MANY = 4
+# Blocks of a launch that serves tokens, and those that one token and key head has of them.
+_BLOCKS = 256
+_LEAST_SPREAD, _HIGHEST_SPREAD = 4, 64
 
 
 def attend_decode(
@@ -63,7 +63,7 @@ def attend_decode(
     num_rows, num_segments = qkv.shape[0], _num_segments(keys, tables)
     width = config.num_heads * config.head_dim
     group = config.num_heads // config.num_kv_heads
-    spread = min(num_segments, _spread(num_rows))
+    spread = min(num_segments, _spread(num_rows * config.num_kv_heads))
     assert counters.shape[0] >= num_rows * config.num_kv_heads
     parts = (num_rows, config.num_kv_heads, num_segments, group, config.head_dim + 4)
     outputs = [*_rounded_shapes(num_rows, width), *map(_shape_of, (keys, values, counters))]
@@ -145,9 +145,9 @@ def decode_shared_size(config: ModelConfig) -> int:
     """Bytes of `DecodeShared`: keys, values, shares, queries, the token's own, highest scores, a flag."""
     row_size = 2 * config.head_dim
     rows = 8 if config.num_heads <= 8 * config.num_kv_heads else 16
-    per_row = 2 * SEGMENT_LENGTH + row_size + 4 * _WARPS
     incoming = 4 * config.head_dim * (config.num_heads // config.num_kv_heads + 2)
-    return 2 * SEGMENT_LENGTH * row_size + rows * per_row + 2 * row_size + incoming + 4
+    size = 2 * SEGMENT_LENGTH * row_size + 16 * row_size + max(16 * 2 * SEGMENT_LENGTH, incoming)
+    return size + 2 * row_size + rows * 4 * _WARPS + 4
 
 
 def prefill_shared_size(config: ModelConfig) -> int:
@@ -168,7 +168,7 @@ def variants(config: ModelConfig) -> Iterator[tuple[str, str, dict[str, int | fl
         "attend_prefill": prefill_shared_size(config),
     }
     for name, size in sizes.items():
-        yield _FILE, name, {**_macros(config, keys, tables), "SPREAD": _SPREAD_OF_MANY}, size
+        yield _FILE, name, {**_macros(config, keys, tables), "SPREAD": _LEAST_SPREAD}, size
 
 
 def _macros(config: ModelConfig, keys: Any, tables: Any) -> dict[str, int | float | str]:
@@ -204,8 +204,9 @@ def _num_segments(keys: Any, tables: Any) -> int:
     return segments
 
 
-def _spread(num_rows: int) -> int:
-    return next((blocks for highest, blocks in _MAX_SPREAD if num_rows <= highest), _SPREAD_OF_MANY)
+def _spread(num_heads: int) -> int:
+    """Blocks for each of all rows' key heads."""
+    return max(_LEAST_SPREAD, min(_HIGHEST_SPREAD, _BLOCKS // num_heads))
 
 
 def _shape_of(x: Array) -> jax.ShapeDtypeStruct:

@@ -71,8 +71,8 @@ template <class F, class Rows> struct QuarterScales {
     }
 };
 
-// 16 rows from `row` on, one segment, all columns.
-template <class F, class Rows> DEVICE void multiply(float (&sums)[TILES][4], const u8* from, const u8* inputs, int row, int segment) {
+// 16 rows from `row` on, one segment, all columns; ONE: the first column is all there is.
+template <class F, class Rows, bool ONE = false> DEVICE void multiply(float (&sums)[TILES][4], const u8* from, const u8* inputs, int row, int segment) {
     int lane = threadIdx.x & 31;
     row += lane >> 2;
     const u8* codes = from + Rows::at_codes(row, segment) + (lane & 3) * F::WORD;
@@ -96,7 +96,7 @@ template <class F, class Rows> DEVICE void multiply(float (&sums)[TILES][4], con
                     uint2 codes_of_x = *(const uint2*)(x + n * 8 * Inputs::CODE_STRIDE + block * 32);
                     const u8* p = s + n * 8 * Inputs::SCALE_STRIDE + block * 8;
                     float2 first = *(const float2*)p, second = *(const float2*)(p + Inputs::SCALE_STRIDE);
-                    weights.add(sums[n], codes_of_x, make_float4(first.x, first.y, second.x, second.y));
+                    weights.template add<ONE>(sums[n], codes_of_x, make_float4(first.x, first.y, second.x, second.y));
                 }
             }
         }
@@ -291,9 +291,10 @@ KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, const int* pairs, 
         }
     } else {
         int here = -1, slot = 0;
+        bool is_one = false;
 #pragma unroll 1
         for (int step = begin; step < end; step++) {
-            if (step / STEPS_A_TILE != here) here = step / STEPS_A_TILE, slot ^= 1;
+            if (step / STEPS_A_TILE != here) here = step / STEPS_A_TILE, slot ^= 1, is_one = all_tiles[here].z == 1;
             __syncthreads();
             const u8 *from = shared + (step - begin) % STAGES * STAGE, *inputs = shared + AT_INPUTS + slot * Inputs::SIZE;
 #pragma unroll 1
@@ -301,13 +302,21 @@ KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, const int* pairs, 
                 float sums[TILES][4];
 #ifdef GATE_UP
                 bool is_up = unit >= SEGMENTS;
-                int segment = is_up ? unit - SEGMENTS : unit;
-                if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
-                    multiply<FORMAT_0, First>(sums, from + (is_up ? First::SIZE : 0), inputs, 0, segment);
-                else
-                    multiply<FORMAT_1, Second>(sums, from + First::SIZE, inputs, 0, segment);
+                int segment = is_up ? unit - SEGMENTS : unit, row = 0;
+                const u8* mine = from + (is_up ? First::SIZE : 0);
+                constexpr bool SAME = IS_SAME<FORMAT_0, FORMAT_1>;
 #else
-                multiply<FORMAT_0, First>(sums, from, inputs, unit / SEGMENTS * 16, unit % SEGMENTS);
+                int segment = unit % SEGMENTS, row = unit / SEGMENTS * 16;
+                const u8* mine = from;
+                constexpr bool SAME = true;
+#endif
+                if (SAME && is_one)
+                    multiply<FORMAT_0, First, true>(sums, mine, inputs, row, segment);
+                else if (SAME || mine == from)
+                    multiply<FORMAT_0, First>(sums, mine, inputs, row, segment);
+#ifdef GATE_UP
+                else
+                    multiply<FORMAT_1, Second>(sums, mine, inputs, row, segment);
 #endif
                 parts[step % 2 * UNITS + unit].put(sums);
             }

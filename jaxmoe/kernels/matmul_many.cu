@@ -222,16 +222,16 @@ DEVICE void multiply_floats(Totals& sums, const u8* codes, const u8* x, const u8
     }
 }
 
-// The products of both halves; `totals` are the warp's. `rows`, in shared memory, becomes the inputs' row of each
+// The products of both halves; `totals` are the warp's, `row` its half's first. `rows`, in shared memory, becomes the inputs' row of each
 // column, a thread's own `my_row`: that of column threadIdx.x.
 template <class F0, class F1>
-DEVICE void multiply_many(Totals& totals, const Weight& w0, size_t row0, const Weight& w1, size_t row1, const i8* codes,
+DEVICE void multiply_many(Totals& totals, const Weight& w0, const Weight& w1, size_t row, const i8* codes,
                           const float* scales, int* rows, int my_row, int num_columns) {
     using S = Stage<F0, F1>;
     int warp = threadIdx.x >> 5, r = warp % (WARPS / 2) * WARP_ROWS, lane = threadIdx.x & 31;
     bool second = warp >= WARPS / 2, is_first = IS_SAME<F0, F1> || !second;
     const Weight w = choose(second, w1, w0);
-    size_t row = (second ? row1 : row0) + r;
+    row += r;
     int my_codes = second ? S::SECOND + r * CODE_STRIDE<F1> : r * CODE_STRIDE<F0>;
     float* factors = (float*)(shared + S::FACTORS) + warp * FACTORS_SIZE;
     const u8* from = is_first ? lane_codes<F0>(w, row) : lane_codes<F1>(w, row);
@@ -328,10 +328,10 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row, const i8* cod
     int column0 = blockIdx.y * MANY_COLUMNS;
     size_t first = (size_t)stack_index() * rows + row;
     bool has_second = row + HALF_ROWS < rows;  // else the first half twice
-    Totals totals;
-    multiply_many<F, F>(totals, w, first, w, first + (has_second ? HALF_ROWS : 0), codes, scales, inputs,
-                        min(column0 + (int)threadIdx.x, num_columns - 1), num_columns - column0);
     bool second = (int)threadIdx.x >= THREADS / 2;
+    Totals totals;
+    multiply_many<F, F>(totals, w, w, first + (second && has_second ? HALF_ROWS : 0), codes, scales, inputs,
+                        min(column0 + (int)threadIdx.x, num_columns - 1), num_columns - column0);
     if (second && !has_second) return;
     size_t first_out = (size_t)column0 * ALL_ROWS + out_row + second * HALF_ROWS;
     each_column(totals, num_columns - column0, [&](int column, int r, const float (&sums)[4]) {
@@ -384,7 +384,7 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const i
     int first = blockIdx.x * HALF_ROWS;
     size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
     Totals totals;
-    multiply_many<FORMAT_0, FORMAT_1>(totals, GIVEN(0), row, GIVEN(1), row, codes, scales, inputs,
+    multiply_many<FORMAT_0, FORMAT_1>(totals, GIVEN(0), GIVEN(1), row, codes, scales, inputs,
                                       tile.pair(threadIdx.x) / ACTIVE, tile.count);
     __syncthreads();
     constexpr int SUM_STRIDE = HALF_ROWS + 1;
@@ -414,13 +414,13 @@ KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, const i
     PairTile tile(pairs, tiles);  // read along with the number of tiles
     if (blockIdx.y >= num_tiles[0]) return;
     __shared__ int inputs[MANY_COLUMNS];
-    int first = blockIdx.x * 2 * HALF_ROWS, second = (int)threadIdx.x >= THREADS / 2;
+    int first = blockIdx.x * 2 * HALF_ROWS + (int)(2 * threadIdx.x / THREADS) * HALF_ROWS;  // of the thread's half
     size_t row = ((size_t)stack_index() * MATRICES + tile.expert) * ROWS_0 + first;
     Totals totals;
-    multiply_many<FORMAT_0, FORMAT_0>(totals, GIVEN(0), row, GIVEN(0), row + HALF_ROWS, codes, scales, inputs,
+    multiply_many<FORMAT_0, FORMAT_0>(totals, GIVEN(0), GIVEN(0), row, codes, scales, inputs,
                                       tile.pair(threadIdx.x), tile.count);
     each_column(totals, tile.count, [&](int column, int r, const float (&sums)[4]) {
-        float* to = out + (size_t)inputs[column] * ROWS_0 + first + second * HALF_ROWS + r;
+        float* to = out + (size_t)inputs[column] * ROWS_0 + first + r;
 #pragma unroll
         for (int j = 0; j < 4; j++) to[8 * j] = sums[j];
     });
