@@ -80,3 +80,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(why)
     monkeypatch.setattr(ptx, "launch", emulator.emulated_launch)
     monkeypatch.setattr(ptx, "unavailable", lambda: None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs kernels through the emulator: the interpreter's version makes no difference there."""
+    for item in items:
+        if "emulated" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.emulated)
