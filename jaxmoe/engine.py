@@ -17,7 +17,9 @@ import jax
 from jaxmoe.cache import KVCache
 from jaxmoe.config import MAX_PAGE_LENGTH, EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFFile
+from jaxmoe.kernels import ptx
 from jaxmoe.layers import ROW_TILE
+from jaxmoe.model import Decoder
 from jaxmoe.request import (
     Decode,
     EngineStats,
@@ -369,8 +371,6 @@ def load_engine(
     if engine_config.compilation_cache:
         use_compilation_cache()
     without_kernels = why_without_kernels(config, engine_config.cache_dtype)
-    if without_kernels is not None and jax.default_backend() != "cpu":
-        logger.warning("steps run without CUDA kernels, at a fraction of the speed: %s", without_kernels)
     shapes = plan_shapes(
         config,
         engine_config,
@@ -386,17 +386,47 @@ def load_engine(
         progress=lambda share: progress("loading", share),
         show_bar=sys.stderr.isatty(),
     )
-    steps = Steps(model, config, shapes)
-    steps.warm(lambda share: progress("compiling", share))
+    plain = replace(shapes, kernels=False, prefill_chunk=prefill_chunk(engine_config, kernels=False))
+    steps, refused = _warm_steps(model, config, shapes, plain, lambda share: progress("compiling", share))
+    _say_what_runs(without_kernels or refused)
     engine = Engine(
         steps,
         eos_ids=eos_ids,
-        prefill_chunk=shapes.prefill_chunk,
+        prefill_chunk=steps.shapes.prefill_chunk,
         max_waiting=engine_config.max_waiting,
         after_step=after_step,
     )
     engine.start()
     return engine
+
+
+def _warm_steps(
+    model: Decoder, config: ModelConfig, shapes: Shapes, plain: Shapes, progress: Callable[[float], None]
+) -> tuple[Steps, str | None]:
+    """Warm steps of `shapes`; where a kernel cannot be built, steps of `plain`, and why."""
+    steps = Steps(model, config, shapes)
+    try:
+        steps.warm(progress)
+        return steps, None
+    except Exception as error:
+        refused = str(error) if isinstance(error, ptx.KernelError) else ptx.explain(error)
+        if not shapes.kernels or refused is None:
+            raise
+    steps.free()  # two caches do not fit
+    steps = Steps(model, config, plain)
+    steps.warm(progress)
+    return steps, refused
+
+
+def _say_what_runs(without_kernels: str | None) -> None:
+    """Log what the steps are made of; without kernels also why, which on a GPU is a warning."""
+    if without_kernels is None:
+        capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+        logger.info("steps: CUDA kernels (sm_%s)", capability.replace(".", ""))
+    elif jax.default_backend() == "cpu":
+        logger.info("steps: XLA (%s)", without_kernels)
+    else:
+        logger.warning("steps: XLA, at a fraction of the kernels' speed (%s)", without_kernels)
 
 
 def plan_shapes(

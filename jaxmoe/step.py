@@ -292,11 +292,15 @@ class Steps:
 
     def reset(self) -> None:
         """An empty cache and idle slots, after a failed step has lost the donated ones."""
+        self.free()
+        self._make_state()
+
+    def free(self) -> None:
+        """Give back the memory of cache and slots; only `reset` may follow."""
         for array in jax.tree.leaves((self._cache, self._slots)):
             # a step that failed before it ran took nothing: two caches do not fit
             if not array.is_deleted():
                 array.delete()
-        self._make_state()
 
     def _make_state(self) -> None:
         shapes = self.shapes

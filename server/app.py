@@ -106,11 +106,13 @@ def _end_calls(service: Service) -> None:
 
 
 def _log_to_stderr() -> None:
-    if not (LOG.handlers or logging.getLogger().handlers):
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s"))
-        LOG.addHandler(handler)
-        LOG.setLevel(logging.INFO)
+    if LOG.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s"))
+    for logger in (LOG, logging.getLogger("jaxmoe")):  # the engine says what runs its steps
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _around_requests(inner: App, service: Service) -> App:

@@ -150,7 +150,7 @@ def test_engine_defaults() -> None:
     assert (config.num_slots, config.page_length, config.prefill_chunk, config.max_waiting) == (
         8,
         64,
-        512,
+        None,
         256,
     )
     assert (config.context_length, config.cache_size, config.cache_dtype) == (None, None, None)

@@ -294,7 +294,7 @@ def test_a_profile_reads_like_the_code(tiny_model: Decoder) -> None:
     row = sampling_row(GREEDY, tiny_model.config.vocab_size, (), (), 0)
     sampling = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 8), row)
     zeros = jnp.zeros(8, jnp.int32)
-    slots, tables = Slots(zeros, zeros, sampling), jnp.zeros((8, 16), jnp.int32)
+    slots, tables = Slots(zeros, zeros, sampling, zeros), jnp.zeros((8, 16), jnp.int32)
     step = jax.jit(lambda state, *args: decode(nnx.merge(graph, state), *args))
     text = step.lower(state, cache, slots, tables, zeros, jnp.int32(1)).as_text(debug_info=True)
     places = set(re.findall(r'loc\("([^"]+)"', text))
@@ -311,6 +311,20 @@ def test_decode_buckets_double_until_all_slots_fit(num_slots: int, buckets: tupl
 @pytest.mark.parametrize(("chunk", "buckets"), [(1, (64,)), (64, (64,)), (65, (64, 128)), (512, (64, 512))])
 def test_the_largest_prefill_bucket_holds_a_chunk(chunk: int, buckets: tuple[int, ...]) -> None:
     assert shapes_of(prefill_chunk=chunk).prefill_buckets == buckets
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "buckets"), [(1, (1,)), (2, (1, 8)), (8, (1, 8)), (9, (1, 8, 16)), (64, (1, 8, 16, 32, 64))]
+)
+def test_decode_buckets_with_kernels_begin_with_one_row(num_slots: int, buckets: tuple[int, ...]) -> None:
+    assert shapes_of(num_slots=num_slots, kernels=True).decode_buckets == buckets
+
+
+@pytest.mark.parametrize(
+    ("chunk", "buckets"), [(1, (64,)), (512, (64, 512)), (513, (64, 512, 576)), (2048, (64, 512, 2048))]
+)
+def test_prefill_buckets_with_kernels_have_one_between(chunk: int, buckets: tuple[int, ...]) -> None:
+    assert shapes_of(prefill_chunk=chunk, kernels=True).prefill_buckets == buckets
 
 
 @pytest.mark.parametrize(("context_length", "length"), [(1, 4), (256, 4), (257, 8), (1000, 16)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -12,7 +13,10 @@ Environment = dict[str, str | bool | None]
 
 
 def read_environment() -> Environment:
-    """{cpu, gpu, driver, jax, commit, dirty}; None where there is no such thing. No path is in it."""
+    """{cpu, gpu, driver, jax, commit, dirty}; None where there is no such thing. No path is in it.
+
+    A copy without its git history is told its commit by the variable JAXMOE_COMMIT.
+    """
     gpu, driver = _gpu()
     status = _output("git", "status", "--porcelain")
     return {
@@ -20,7 +24,7 @@ def read_environment() -> Environment:
         "gpu": gpu,
         "driver": driver,
         "jax": _version("jax"),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("JAXMOE_COMMIT"),
         "dirty": None if status is None else bool(status),
     }
 

@@ -3,9 +3,9 @@
 // Keys are cut at absolute positions into segments of 128, and segments into runs of 4. What a segment gives a row
 // (highest score, sum of shares, mix of values) is computed by the same instructions for both; the segments of a run
 // are merged ascending, then the runs.
-// Scores: mma over H, 32 numbers at a time: of each 32, the first mma takes 8 * i .. 8 * i + 3 (i < 4), the second the
-// others. Shares: exp2(score * SCALE - highest of the 128), a fused multiply-add, as bfloat16. Mix and sum: one chain
-// of mma over ascending keys; groups of 32 keys that no row sees are left out (they would add zeros).
+// Scores: mma over H, 32 numbers at a time: of each 32, the first mma takes 8 * i .. 8 * i + 3 (i < 4), the second
+// the others. Shares: exp2(score * SCALE - highest of the 128), a fused multiply-add, as bfloat16. Mix and sum: one chain
+// of mma over ascending keys; groups of 32 keys that no row sees may be left out (they add zeros).
 // A norm of a head is one warp's: lane i has numbers PAIRS * i .. and H / 2 + PAIRS * i .., fmaf in that order, then
 // sum_of_lanes.
 #include "common.cuh"
@@ -247,12 +247,10 @@ DEVICE void insert_token(u8* rows, const u8* fresh, int known) {
 DEVICE void share_segment(DecodeShared& s, int seen, float (&highest)[2]) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2;
     float scores[2][4] = {};
-    if (16 * warp < seen) {
 #pragma unroll
-        for (int j = 0; j < PARTS; j++) {
-            const uint4* query = (const uint4*)s.queries + 64 * j + lane;
-            score_keys<2>(scores, query[0], query[32], s.keys + 16 * warp * ROW + piece_of_key(j));
-        }
+    for (int j = 0; j < PARTS; j++) {
+        const uint4* query = (const uint4*)s.queries + 64 * j + lane;
+        score_keys<2>(scores, query[0], query[32], s.keys + 16 * warp * ROW + piece_of_key(j));
     }
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
@@ -280,12 +278,12 @@ DEVICE void share_segment(DecodeShared& s, int seen, float (&highest)[2]) {
 }
 
 // mix += shares * values for COLUMNS * 8 numbers of H; sum += shares * 1.
-DEVICE void mix_segment(const DecodeShared& s, float (&mix)[COLUMNS][4], float (&sum)[4], int groups) {
+DEVICE void mix_segment(const DecodeShared& s, float (&mix)[COLUMNS][4], float (&sum)[4]) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, key = COLUMNS == 2 ? lane & 15 : lane;
     const u8* value = s.values + key * ROW + ((COLUMNS * warp + (COLUMNS == 2 ? lane >> 4 : 0)) ^ row_mix(key)) * 16;
     const uint4* share = (const uint4*)s.shares + lane;
-#pragma unroll 1
-    for (int group = 0; group < groups; group++, share += 64, value += 32 * ROW) {
+#pragma unroll
+    for (int group = 0; group < KEYS / 32; group++, share += 64, value += 32 * ROW) {
         uint4 a = share[0], b = share[32];
         u32 r[4], q[4];
         load_transposed(r, value);
@@ -358,29 +356,36 @@ DEVICE void merge(Mixed& to, const Mixed& next) {
     to.mix.x = fmaf(next.mix.x, b, to.mix.x * a), to.mix.y = fmaf(next.mix.y, b, to.mix.y * a);
     to.mix.z = fmaf(next.mix.z, b, to.mix.z * a), to.mix.w = fmaf(next.mix.w, b, to.mix.w * a);
 }
-// Parts ascending, each a run or, `single`, a segment; 4 of them are on their way while 4 are merged.
-DEVICE Mixed merge_parts(const float* parts, int num_parts, bool single, int item) {
+// Up to 4 parts, each a run or, `single`, a segment. Runs go on from those before them, which is the same as merging
+// them with nothing first.
+DEVICE void merge_four(Mixed& all, const Mixed (&parts)[RUN], int num_parts, bool single) {
     const Mixed none = {make_float4(0, 0, 0, 0), -INFINITE, 0};
-    Mixed all = none, now[RUN], next[RUN];
+    Mixed run = single ? none : all;
+#pragma unroll
+    for (int i = 0; i < RUN; i++)
+        if (i < num_parts) merge(run, parts[i]);
+    if (single)
+        merge(all, run);
+    else
+        all = run;
+}
+DEVICE void load_four(Mixed (&parts)[RUN], const float* mix, const float* rest, int first, int num_parts) {
+#pragma unroll
+    for (int i = 0; i < RUN; i++) parts[i] = load_part(mix, rest, min(first + i, num_parts - 1));
+}
+// Parts ascending; 4 of them are on their way while 4 are merged.
+DEVICE Mixed merge_parts(const float* parts, int num_parts, bool single, int item) {
+    Mixed all = {make_float4(0, 0, 0, 0), -INFINITE, 0}, even[RUN], odd[RUN];
     const float* row = parts + (u32)item / (H / 4) * ROW_FLOATS;
     const float *mix = row + (u32)item % (H / 4) * 4, *rest = row + H;
+    load_four(even, mix, rest, 0, num_parts);
 #pragma unroll 1
-    for (int first = -RUN; first < num_parts; first += RUN) {
-#pragma unroll
-        for (int i = 0; i < RUN; i++) next[i] = load_part(mix, rest, min(first + RUN + i, num_parts - 1));
-        if (first >= 0) {
-            // runs go on from those before them, which is the same as merging them with nothing first
-            Mixed run = single ? none : all;
-#pragma unroll
-            for (int i = 0; i < RUN; i++)
-                if (first + i < num_parts) merge(run, now[i]);
-            if (single)
-                merge(all, run);
-            else
-                all = run;
-        }
-#pragma unroll
-        for (int i = 0; i < RUN; i++) now[i] = next[i];
+    for (int first = 0; first < num_parts; first += 2 * RUN) {
+        if (first + RUN < num_parts) load_four(odd, mix, rest, first + RUN, num_parts);
+        merge_four(all, even, num_parts - first, single);
+        if (first + RUN >= num_parts) break;
+        if (first + 2 * RUN < num_parts) load_four(even, mix, rest, first + 2 * RUN, num_parts);
+        merge_four(all, odd, num_parts - first - RUN, single);
     }
     return all;
 }
@@ -423,7 +428,7 @@ DEVICE bool is_last_block(DecodeShared& s, int* counter, int num_blocks) {
 // The parts y, y + SPREAD, ... of one token of a slot, its row of `active` being blockIdx.z: a part is a segment,
 // or a run if they are many. The block that has the last part stores the token's key and value; the last block to
 // finish merges.
-KERNEL(THREADS, 3)
+KERNEL(THREADS, WIDE ? 2 : 3)
 attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const float* cosines, const float* sines,
               const int* active, const int* positions, const int* tables, const int* count, const u16*, const u16*,
               const int*, i8* codes, float* scales, u16* keys, u16* values, int* counters, float* parts) {
@@ -468,6 +473,7 @@ attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const 
             wait_copies<2>();
             prepare_token(s, norms, angles, is_owner ? G + 2 : G);
             __syncthreads();
+            if (is_owner) store_token(s, token, keys, values);
             is_first = false;
         }
         wait_copies<1>();
@@ -477,7 +483,7 @@ attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const 
         wait_copies<0>();
         insert_token(s.values, s.fresh + ROW, known);
         __syncthreads();
-        mix_segment(s, mix, sum, (min(known + 1, KEYS) + 31) / 32);
+        mix_segment(s, mix, sum);
         merge_segment(run, mix, sum, highest);
         segment++;
         if (segment > last || (segment & ((1 << shift) - 1)) == 0) {
@@ -489,7 +495,6 @@ attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const 
         }
         __syncthreads();
     }
-    if (is_owner) store_token(s, token, keys, values);
     if (last == 0)
         __syncthreads();
     else if (!is_last_block(s, counters + row * K + kv_head, min(last_part + 1, SPREAD)))
@@ -581,8 +586,8 @@ DEVICE Places places_of_lane() {
 
 // Shares of 16 rows and a segment's keys, as a lane multiplies them: two words of row l/4 and l/4 + 8 for 16 keys.
 // Row h sees the first seen[h] keys, `least` of them at least, and no row more than `most`.
-DEVICE void share_rows(const Places& places, const u8* keys, const uint4 (&queries)[PARTS][2], const int (&seen)[2], int least, int most,
-                       u32 (&shares)[TILES][2], float (&highest)[2]) {
+DEVICE void share_rows(const Places& places, const u8* keys, const uint4 (&queries)[PARTS][2],
+                       const int (&seen)[2], int least, int most, u32 (&shares)[TILES][2], float (&highest)[2]) {
     int lane = threadIdx.x & 31;
     float scores[TILES][4] = {};
 #pragma unroll
@@ -620,8 +625,8 @@ DEVICE void clear(MixedRows& rows) {
 }
 
 // A segment's shares * values and shares * 1, merged into the run. Half of the numbers of H at a time: registers.
-DEVICE void mix_rows(const Places& places, MixedRows& run, const u32 (&shares)[TILES][2], const float (&highest)[2], const u8* values,
-                     int most) {
+DEVICE void mix_rows(const Places& places, MixedRows& run, const u32 (&shares)[TILES][2],
+                     const float (&highest)[2], const u8* values, int most) {
     float a[2], b[2], sum[4] = {};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
