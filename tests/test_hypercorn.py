@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -426,20 +427,29 @@ def test_python_m_server_says_what_is_wrong(tmp_path: Path, tiny_gguf: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def real_url(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def real_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("real") / "server.log"
+
+
+@pytest.fixture(scope="module")
+def real_url(tiny_gguf: Path, real_log: Path) -> Iterator[str]:
     environment = {
         "JAXMOE_SLOTS": "20",
         "JAXMOE_PREFILL_CHUNK": "64",
         "JAXMOE_COMPILATION_CACHE": "off",  # the user's own is no place for a test
     }
-    log = tmp_path_factory.mktemp("real") / "server.log"
-    with launch("server:app", tiny_gguf, log=log, seconds=120, environment=environment) as url:
+    with launch("server:app", tiny_gguf, log=real_log, seconds=120, environment=environment) as url:
         yield url
 
 
 def is_idle(health: dict[str, Any] | None) -> bool:
     idle = {"running": 0, "waiting": 0}
     return health is not None and {**health, **idle, "free_pages": health["total_pages"]} == health
+
+
+def test_the_log_says_once_what_runs_the_steps(real_url: str, real_log: Path) -> None:
+    (line,) = (line for line in real_log.read_text().splitlines() if "steps" in line)
+    assert re.search(r"\] (INFO|WARNING) steps: (CUDA kernels \(sm_\d+\)|XLA.* \(.*GPU.*\))$", line)
 
 
 def test_real_steps_stream_what_they_give_whole(real_url: str) -> None:

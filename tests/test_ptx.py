@@ -179,7 +179,7 @@ def trial(arch: str = "sm_90", **defines: int | float | str) -> str:
 
 def write_trial(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Have the package's trial.cu read as another source."""
-    sources = {"trial.cu": source, "common.cuh": ptx._source("common.cuh")}
+    sources = {"trial.cu": source} | {name: ptx._source(name) for name in ptx._HEADERS}
     monkeypatch.setattr(ptx, "_source", sources.__getitem__)
 
 
@@ -295,7 +295,7 @@ def test_a_kernel_is_compiled_once_and_then_read(compilations: Compilations) -> 
 def test_what_is_kept_is_for_one_source_header_macros_and_architecture(
     compilations: Compilations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = {name: ptx._source(name) for name in ("trial.cu", "common.cuh")}
+    sources = {name: ptx._source(name) for name in ("trial.cu", *ptx._HEADERS)}
     trial()
     trial(K=1)
     trial("sm_80")

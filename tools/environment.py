@@ -15,16 +15,17 @@ Environment = dict[str, str | bool | None]
 def read_environment() -> Environment:
     """{cpu, gpu, driver, jax, commit, dirty}; None where there is no such thing. No path is in it.
 
-    A copy without its git history is told its commit by the variable JAXMOE_COMMIT.
+    A tree that was exported from git is told its commit by the variable JAXMOE_COMMIT.
     """
     gpu, driver = _gpu()
-    status = _output("git", "status", "--porcelain")
+    exported = os.environ.get("JAXMOE_COMMIT")
+    status = "" if exported else _output("git", "status", "--porcelain")
     return {
         "cpu": _cpu(),
         "gpu": gpu,
         "driver": driver,
         "jax": _version("jax"),
-        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("JAXMOE_COMMIT"),
+        "commit": exported or _output("git", "rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
     }
 

@@ -6,16 +6,21 @@ With one row the products take the row itself and its norm instead: the kernel n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from gguf import GGMLQuantizationType as GGMLType
 from jax import Array, lax
 
-from jaxmoe.kernels import ptx
-from jaxmoe.quants import QuantTensor, dequantise
+from jaxmoe.config import ModelConfig
+from jaxmoe.kernels import ptx, router
+from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
+from jaxmoe.quants import QuantTensor, dequantise, empty
 
 SEGMENT = 256
 FEW_ROWS = 64  # up to here all segments of a product are read at once, above it they go through shared memory
@@ -33,7 +38,35 @@ _STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared 
 _SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
 _SMALL_SHARED = 99 << 10
 
-Variant = tuple[str, str, dict[str, int | float | str], int]
+_VARIANTS = (1, 8, 64, 2048)
+_COMPARED_ROWS = (1, 8, 64, 300, 2048)
+_STACK, _AT = 2, 1  # of the random weights: how many layers, and which is multiplied
+
+# Of random weights: products are then about as large as inputs, and minima take off half of the codes.
+_D_SCALE, _D_M_SCALE = 2e-4, 1.6e-3
+
+Defines = dict[str, int | float | str]
+Fields = list[dict[str, Any]]  # the arrays of some weights, by name
+Variant = tuple[str, str, Defines, int]
+
+
+class Launch(NamedTuple):
+    """A kernel, its macros, its blocks and its bytes of shared memory."""
+
+    file: str
+    name: str
+    defines: Defines
+    grid: tuple[int, int, int]
+    shared_size: int
+
+    def __call__(
+        self, arrays: Sequence[Array], outputs: Sequence[jax.ShapeDtypeStruct], number: int
+    ) -> tuple[Array, ...]:
+        """Run it, with the launch number."""
+        return ptx.launch(
+            self.file, self.name, self.defines, arrays, outputs, grid=self.grid,
+            threads=int(self.defines["THREADS"]), shared_size=self.shared_size, number=number,
+        )  # fmt: skip
 
 
 class Rounded(NamedTuple):
@@ -70,7 +103,7 @@ def is_supported(w: QuantTensor) -> bool:
 
 
 def has_row_kernels(*weights: QuantTensor) -> bool:
-    """Whether one row can be multiplied on its own; float weights are left to the tensor cores' order of sums."""
+    """Whether one row can be multiplied on its own; the order of float sums is that of tensor cores."""
     return all(w.d is not None for w in weights)
 
 
@@ -86,6 +119,14 @@ def _is_few(num_rows: int) -> bool:
 def _has_many() -> bool:
     # the kernel for many rows takes more shared memory than the smaller GPUs have
     return _shared_limit() > _SMALL_SHARED
+
+
+def _takes_many(num_rows: int, weights: Sequence[QuantTensor]) -> bool:
+    """Whether a dense product is one for many rows; that kernel multiplies 64 rows of a weight at a time."""
+    if any(w.shape[-2] % _HALF_ROWS for w in weights):
+        return False
+    least = 16 if sum(w.shape[-2] for w in weights) >= _MANY_OUTPUTS else FEW_ROWS
+    return num_rows > least and _has_many()
 
 
 def _shared_limit() -> int:
@@ -108,7 +149,7 @@ def _pointers(w: QuantTensor) -> list[Array]:
 
 
 def _stage_size(weights: Sequence[QuantTensor], columns: int) -> int:
-    """Shared memory of a step of the kernel for many rows: half a segment of two halves and of the columns."""
+    """Shared memory of a step of the kernel for many rows: half a segment of rows and of columns."""
     halves = weights if len(weights) == 2 else [max(weights, key=_code_bits)] * 2
     codes = sum(_HALF_ROWS * (SEGMENT // 2 * _code_bits(w) // 8 + 16) for w in halves)
     return codes + columns * (SEGMENT // 2 + 16 + 48)
@@ -118,19 +159,17 @@ def _code_bits(w: QuantTensor) -> int:
     return 8 * w.codes.dtype.itemsize if w.d is None else w.bits
 
 
-def _weights(weights: Sequence[QuantTensor]) -> dict[str, int | float | str]:
+def _weights(weights: Sequence[QuantTensor]) -> Defines:
     rows = [w.shape[-2] for w in weights] + [0, 0]
-    macros: dict[str, int | float | str] = {f"ROWS_{i}": rows[i] for i in range(3)}
+    macros: Defines = {f"ROWS_{i}": rows[i] for i in range(3)}
     macros |= {f"FORMAT_{i}": _format(w) for i, w in enumerate(weights)}
     return macros | {"K": weights[0].shape[-1], "MATRICES": prod(weights[0].codes.shape[1:-2])}
 
 
-def _many(
-    weights: Sequence[QuantTensor], columns: int = MANY_TILE
-) -> tuple[dict[str, int | float | str], int]:
+def _many(weights: Sequence[QuantTensor], columns: int = MANY_TILE) -> tuple[Defines, int]:
     stage, half = _stage_size(weights, columns), (_shared_limit() + 1024) // 2 - 2048
     stages = min(4, max(2, (half - _MANY_FACTORS) // stage))
-    macros: dict[str, int | float | str] = {"BLOCKS_AN_SM": 2, "THREADS": _MANY_THREADS}
+    macros: Defines = {"BLOCKS_AN_SM": 2, "THREADS": _MANY_THREADS}
     return macros | {"MANY_COLUMNS": columns, "STAGES": stages}, stages * stage + _MANY_FACTORS
 
 
@@ -169,10 +208,8 @@ def _inputs_size(segments: int, tiles: int) -> int:
     return segments * 8 * tiles * (SEGMENT + 32 + 80)
 
 
-def _grouped_launch(
-    stage: int, num_units: int, inputs: int, num_steps: int
-) -> tuple[dict[str, int | float | str], int]:
-    """Macros and shared memory of a grouped product: `num_steps` steps a tile, of `stage` bytes of weights."""
+def _grouped_launch(stage: int, num_units: int, inputs: int, num_steps: int) -> tuple[Defines, int]:
+    """Macros and shared memory of a grouped product: `num_steps` steps a tile, each of `stage` bytes."""
     fixed = 2 * (inputs + num_units * 16 * 9 * 4)
     fitting = [
         n for n in (4, 3, 2) if n <= num_steps + 1 and n * stage + fixed + _STATIC_SIZE <= _shared_limit()
@@ -186,7 +223,7 @@ def _num_multiprocessors() -> int:
     return int(getattr(jax.devices()[0], "core_count", 132))
 
 
-def _row_launch(row_size: int, tasks_a_row: int) -> tuple[dict[str, int | float | str], int]:
+def _row_launch(row_size: int, tasks_a_row: int) -> tuple[Defines, int]:
     """Macros and shared memory of a kernel for one row, whose blocks keep as many weight rows as fit."""
     fixed = 24 << 10  # the inputs and the sums
     rows = 16 if 16 * row_size + fixed <= _shared_limit() else 8
@@ -194,7 +231,7 @@ def _row_launch(row_size: int, tasks_a_row: int) -> tuple[dict[str, int | float 
     return {"ROWS": rows, "THREADS": threads}, rows * row_size
 
 
-def _norm(inputs: Rounded | Row) -> dict[str, int | float | str]:
+def _norm(inputs: Rounded | Row) -> Defines:
     return {"NORMS": inputs.norm.shape[0], "EPS": inputs.eps} if isinstance(inputs, Row) else {"NORMS": 1}
 
 
@@ -220,22 +257,35 @@ def dense(
     index: int = 0,
     residual: Array | None = None,
 ) -> Array:
-    """Inputs times the matrices at `index` of one weight or three [n, N, K], side by side -> float32 [T, sum of N].
+    """Inputs times the matrices at `index` of one weight or three [n, N, K], side by side.
 
-    `count` int32[1] is the number of real rows. `residual` [T, N] is added to the product.
+    -> float32 [T, sum of N]. `count` int32[1] is the number of real rows. `residual` [T, N] is added to the
+    product.
     """
+    launch = _dense_launch(name, inputs, weights, has_residual=residual is not None)
+    first = [inputs.x, inputs.norm] if isinstance(inputs, Row) else list(inputs)
+    pointers = [array for w in weights for array in _pointers(w)]
+    arrays = [*first, *pointers, *([] if residual is None else [residual]), count]
+    shape = (first[0].shape[0], sum(w.shape[-2] for w in weights))
+    (out,) = launch(arrays, [jax.ShapeDtypeStruct(shape, jnp.float32)], _number(inputs, index))
+    return out
+
+
+def _dense_launch(
+    name: str, inputs: Rounded | Row, weights: Sequence[QuantTensor], *, has_residual: bool = False
+) -> Launch:
     assert len(weights) in (1, 3)
     num_rows = 1 if isinstance(inputs, Row) else inputs.codes.shape[0]
     defines = _weights(weights) | _norm(inputs) | {"NAME": name, "DENSE": 1, "NUM_ROWS": num_rows}
     segments, all_rows = weights[0].shape[-1] // SEGMENT, sum(w.shape[-2] for w in weights)
-    if residual is not None:
+    if has_residual:
         defines["RESIDUAL"] = 1
     if num_rows == 1 and has_row_kernels(*weights):
         file = _ROW
         launch, size = _row_launch(max(map(_row_size, weights)), segments)
         defines |= launch | ({"NORMED": 1} if isinstance(inputs, Row) else {})
         grid = (all_rows // int(launch["ROWS"]), 1, 1)
-    elif _is_few(num_rows) and not (all_rows >= _MANY_OUTPUTS and num_rows > 16 and _has_many()):
+    elif not _takes_many(num_rows, weights):
         file, tiles, threads = _FEW, _column_tiles(num_rows, segments), _threads(segments)
         defines |= {"COLUMN_TILES": tiles, "THREADS": threads, "BLOCKS_AN_SM": 1}
         size = max(_shared_rows_size(w, 16, 32) for w in weights) + _inputs_size(segments, tiles)
@@ -246,29 +296,22 @@ def dense(
         file, (many, size) = _MANY, _many(weights, columns)
         defines |= many
         grid = (blocks, -(-num_rows // columns), 1)
-    first = [inputs.x, inputs.norm] if isinstance(inputs, Row) else list(inputs)
-    pointers = [array for w in weights for array in _pointers(w)]
-    arrays = [*first, *pointers, *([] if residual is None else [residual]), count]
-    out = jax.ShapeDtypeStruct((num_rows, all_rows), jnp.float32)
-    (result,) = ptx.launch(
-        file, name, defines, arrays, [out],
-        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=_number(inputs, index),
-    )  # fmt: skip
-    return result
+    return Launch(file, name, defines, grid, size)
 
 
 def gate_up_of_row(row: Row, gate: QuantTensor, up: QuantTensor, ids: Array, *, index: int = 0) -> Array:
     """silu(gate) * up of one row's experts, float32 [A, F]: gate and up [n, E, F, D], ids int32 [1, A]."""
-    width = gate.shape[-2]
+    arrays = [row.x, row.norm, ids, *_pointers(gate), *_pointers(up)]
+    shape = jax.ShapeDtypeStruct((ids.shape[1], gate.shape[-2]), jnp.float32)
+    (out,) = _gate_up_row_launch(row, gate, up, ids.shape[1])(arrays, [shape], _number(row, index))
+    return out
+
+
+def _gate_up_row_launch(row: Row, gate: QuantTensor, up: QuantTensor, num_active: int) -> Launch:
     launch, size = _row_launch(_row_size(gate) + _row_size(up), 2 * gate.shape[-1] // SEGMENT)
     defines = _weights([gate, up]) | _norm(row) | launch | {"NAME": "gate_up", "GATE_UP": 1}
-    (out,) = ptx.launch(
-        _ROW, "gate_up", defines, [row.x, row.norm, ids, *_pointers(gate), *_pointers(up)],
-        [jax.ShapeDtypeStruct((ids.shape[1], width), jnp.float32)],
-        grid=(width // int(launch["ROWS"]), ids.shape[1], 1),
-        threads=int(launch["THREADS"]), shared_size=size, number=_number(row, index),
-    )  # fmt: skip
-    return out
+    grid = (gate.shape[-2] // int(launch["ROWS"]), num_active, 1)
+    return Launch(_ROW, "gate_up", defines, grid, size)
 
 
 def gate_up(
@@ -284,35 +327,28 @@ def gate_up(
 
     Gate and up are [n, E, F, D], `groups` the pairs by expert.
     """
-    num_rows, width = inputs.codes.shape[0], gate.shape[-2]
-    defines = _weights([gate, up]) | {
-        "NAME": "gate_up",
-        "GATE_UP": 1,
-        "ACTIVE": experts_per_token,
-        "NORMS": 1,
-    }
-    defines |= _grouped(num_rows)
-    size = 0
-    file = _FEW if _is_few(num_rows) else _MANY
-    if file == _FEW:
+    num_rows, num_tiles = inputs.codes.shape[0], groups.tiles.shape[0]
+    launch = _gate_up_launch(num_rows, gate, up, experts_per_token, num_tiles)
+    arrays = [*inputs, *groups, *_pointers(gate), *_pointers(up)]
+    return Rounded(*launch(arrays, _rounded_shape(num_rows * experts_per_token, gate.shape[-2]), index))
+
+
+def _gate_up_launch(
+    num_rows: int, gate: QuantTensor, up: QuantTensor, num_active: int, num_tiles: int
+) -> Launch:
+    width = gate.shape[-2]
+    defines = _weights([gate, up]) | _grouped(num_rows)
+    defines |= {"NAME": "gate_up", "GATE_UP": 1, "ACTIVE": num_active, "NORMS": 1}
+    if _is_few(num_rows):
         segments = gate.shape[-1] // SEGMENT
         stage = sum(_shared_rows_size(w, 16, 16) for w in (gate, up))
         launch, size = _grouped_launch(stage, 2 * segments, _inputs_size(segments, 1), width // 16)
-        defines |= launch
-        grid = (_num_multiprocessors(), 1, 1)
-    else:
-        many, size = _many([gate, up])
-        defines |= many
-        grid = (width // _HALF_ROWS, groups.tiles.shape[0], 1)
-    codes, scales = ptx.launch(
-        file, "gate_up", defines, [*inputs, *groups, *_pointers(gate), *_pointers(up)],
-        _rounded_shape(num_rows * experts_per_token, width),
-        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=index,
-    )  # fmt: skip
-    return Rounded(codes, scales)
+        return Launch(_FEW, "gate_up", defines | launch, (_num_multiprocessors(), 1, 1), size)
+    many, size = _many([gate, up])
+    return Launch(_MANY, "gate_up", defines | many, (width // _HALF_ROWS, num_tiles, 1), size)
 
 
-def _grouped(num_rows: int) -> dict[str, int | float | str]:
+def _grouped(num_rows: int) -> Defines:
     return {"GROUPED": 1, "NUM_ROWS": num_rows}
 
 
@@ -330,45 +366,40 @@ def down_of_row(
 
     hidden float32 [A, F], ids and weights [1, A].
     """
-    active, width = ids.shape[1], w.shape[-2]
-    launch, size = _row_launch(active * _row_size(w), active * w.shape[-1] // SEGMENT)
-    defines = _weights([w]) | launch | {"NAME": "down", "DOWN": 1, "ACTIVE": active, "NORMS": 1}
-    (out,) = ptx.launch(
-        _ROW, "down", defines, [hidden, ids, weights, residual, *_pointers(w)],
-        [jax.ShapeDtypeStruct((1, width), jnp.float32)],
-        grid=(width // int(launch["ROWS"]), 1, 1),
-        threads=int(launch["THREADS"]), shared_size=size, number=index,
-    )  # fmt: skip
+    shape = jax.ShapeDtypeStruct((1, w.shape[-2]), jnp.float32)
+    arrays = [hidden, ids, weights, residual, *_pointers(w)]
+    (out,) = _down_row_launch(w, ids.shape[1])(arrays, [shape], index)
     return out
+
+
+def _down_row_launch(w: QuantTensor, num_active: int) -> Launch:
+    launch, size = _row_launch(num_active * _row_size(w), num_active * w.shape[-1] // SEGMENT)
+    defines = _weights([w]) | launch | {"NAME": "down", "DOWN": 1, "ACTIVE": num_active, "NORMS": 1}
+    return Launch(_ROW, "down", defines, (w.shape[-2] // int(launch["ROWS"]), 1, 1), size)
 
 
 def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, index: int = 0) -> Array:
     """Each pair's expert output: hidden [T*A, F] -> float32 [T*A, D]; `num_rows` is T."""
-    num_pairs, segments, width = hidden.codes.shape[0], w.shape[-1] // SEGMENT, w.shape[-2]
-    defines = _weights([w]) | {"NAME": "down", "DOWN": 1, "NORMS": 1} | _grouped(num_rows)
-    size = 0
-    file = _FEW if _is_few(num_rows) else _MANY
-    if file == _FEW:
-        row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
-        stage = _shared_rows_size(w, 16 * row_tiles, 32)
-        launch, size = _grouped_launch(
-            stage, row_tiles * segments, _inputs_size(segments, 1), width // (16 * row_tiles)
-        )
-        defines |= launch | {"ROW_TILES": row_tiles}
-        grid = (_num_multiprocessors(), 1, 1)
-    else:
-        many, size = _many([w])
-        defines |= many
-        grid = (width // 128, groups.tiles.shape[0], 1)
-    (out,) = ptx.launch(
-        file, "down", defines, [*hidden, *groups, *_pointers(w)],
-        [jax.ShapeDtypeStruct((num_pairs, width), jnp.float32)],
-        grid=grid, threads=int(defines["THREADS"]), shared_size=size, number=index,
-    )  # fmt: skip
+    shape = jax.ShapeDtypeStruct((hidden.codes.shape[0], w.shape[-2]), jnp.float32)
+    launch = _down_launch(num_rows, w, groups.tiles.shape[0])
+    (out,) = launch([*hidden, *groups, *_pointers(w)], [shape], index)
     return out
 
 
-# --- Twins, in plain jax. `float_rows` is what the activations were before they were rounded, or stands in for them.
+def _down_launch(num_rows: int, w: QuantTensor, num_tiles: int) -> Launch:
+    segments, width = w.shape[-1] // SEGMENT, w.shape[-2]
+    defines = _weights([w]) | {"NAME": "down", "DOWN": 1, "NORMS": 1} | _grouped(num_rows)
+    if _is_few(num_rows):
+        row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
+        stage, num_steps = _shared_rows_size(w, 16 * row_tiles, 32), width // (16 * row_tiles)
+        launch, size = _grouped_launch(stage, row_tiles * segments, _inputs_size(segments, 1), num_steps)
+        defines |= launch | {"ROW_TILES": row_tiles}
+        return Launch(_FEW, "down", defines, (_num_multiprocessors(), 1, 1), size)
+    many, size = _many([w])
+    return Launch(_MANY, "down", defines | many, (width // 128, num_tiles, 1), size)
+
+
+# --- Twins, in plain jax, of activations that are rounded or not.
 
 
 def rounded_values(inputs: Rounded) -> Array:
@@ -409,15 +440,335 @@ def dense_twin(
 def gate_up_twin(x: Array, gate: QuantTensor, up: QuantTensor, ids: Array, *, index: int = 0) -> Array:
     """silu(gate) * up of activations x [T, D] for expert ids [T, A] -> float32 [T*A, F]."""
 
-    def pair(row: Array, expert: Array) -> Array:
-        g, u = (product(row[None], matrix(w, index, expert))[0] for w in (gate, up))
-        return g / (jnp.float32(1) + jnp.exp(-g)) * u
+    def one(expert: Array) -> Array:
+        g, u = (product(x, matrix(w, index, expert)) for w in (gate, up))
+        return jnp.repeat(g / (jnp.float32(1) + jnp.exp(-g)) * u, ids.shape[1], axis=0)
 
-    rows = jnp.repeat(x, ids.shape[1], axis=0)
-    return lax.map(lambda both: pair(*both), (rows, ids.reshape(-1)))
+    return _by_expert(one, ids, gate)
 
 
 def down_twin(hidden: Array, w: QuantTensor, ids: Array, *, index: int = 0) -> Array:
     """Expert outputs of hidden [T*A, F] for ids [T, A] -> float32 [T*A, D]."""
-    pairs = (hidden, ids.reshape(-1))
-    return lax.map(lambda both: product(both[0][None], matrix(w, index, both[1]))[0], pairs)
+    return _by_expert(lambda expert: product(hidden, matrix(w, index, expert)), ids, w)
+
+
+def _by_expert(one: Callable[[Array], Array], ids: Array, w: QuantTensor) -> Array:
+    """Of the rows [T*A, N] that `one` gives of each expert, those of the expert that is meant."""
+    flat, (num_experts, width) = ids.reshape(-1, 1), w.shape[1:3]
+    out = jnp.zeros((flat.shape[0], width), jnp.float32)
+    return lax.fori_loop(0, num_experts, lambda i, out: jnp.where(flat == i, one(i), out), out)
+
+
+# --- What is compiled and compared without a model.
+
+
+def variants(config: ModelConfig) -> Iterator[Variant]:
+    """The kernels of a model, for compiling without a GPU: (file, name, macros, shared size)."""
+    for launch in (*_dense_launches(config), *_grouped_launches(config)):
+        yield launch.file, launch.name, launch.defines, launch.shared_size
+
+
+def _dense_launches(config: ModelConfig) -> Iterator[Launch]:
+    q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
+    for num_rows in _VARIANTS:
+        for kind in (q4, q6):
+            qkv = _absent_weights((q4, q4, kind), _qkv_shapes(config))
+            if qkv:
+                yield _dense_launch("qkv", _absent_inputs(num_rows, config), qkv)
+    cases = [(num_rows, q4) for num_rows in _VARIANTS]
+    for num_rows, kind in (*cases, (1, GGMLType.Q5_K), (2048, GGMLType.Q8_0), (8, GGMLType.F16)):
+        if out := _absent_weights([kind], [_out_shape(config)]):
+            inputs = _absent_rounded(num_rows, out[0].shape[-1])
+            yield _dense_launch("attn_output", inputs, out, has_residual=True)
+    for num_rows in [n for n in _VARIANTS if n <= FEW_ROWS]:
+        for kind in (q4, q6):
+            if head := _absent_weights([kind], [_head_shape(config)]):
+                yield _dense_launch("lm_head", _absent_rounded(num_rows, config.d_model), head)
+
+
+def _grouped_launches(config: ModelConfig) -> Iterator[Launch]:
+    active, (wide, narrow) = config.experts_per_token, _expert_shapes(config)
+    for num_rows in _VARIANTS:
+        num_tiles = router.max_tiles(num_rows, config, tile_length(num_rows))
+        inputs = _absent_inputs(num_rows, config)
+        for gate, up in zip(*[iter(_absent_weights([GGMLType.Q4_K] * 2, [wide] * 2))] * 2, strict=True):
+            if isinstance(inputs, Row):
+                yield _gate_up_row_launch(inputs, gate, up, active)
+            else:
+                yield _gate_up_launch(num_rows, gate, up, active, num_tiles)
+        for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
+            for down in _absent_weights([kind], [narrow]):
+                is_row = num_rows == 1
+                yield _down_row_launch(down, active) if is_row else _down_launch(num_rows, down, num_tiles)
+
+
+def _qkv_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    return [(_STACK, n * config.head_dim, config.d_model) for n in heads]
+
+
+def _out_shape(config: ModelConfig) -> tuple[int, ...]:
+    return _STACK, config.d_model, config.num_heads * config.head_dim
+
+
+def _head_shape(config: ModelConfig) -> tuple[int, ...]:
+    return 1, config.vocab_size, config.d_model
+
+
+def _expert_shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Gate's or up's, and down's."""
+    lead = _STACK, config.num_experts
+    return (*lead, config.expert_width, config.d_model), (*lead, config.d_model, config.expert_width)
+
+
+def _absent(*shape: int, dtype: Any = jnp.float32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _absent_rounded(num_rows: int, width: int) -> Rounded:
+    return Rounded(_absent(num_rows, width, dtype=jnp.int8), _absent(num_rows, width // 32, 2))
+
+
+def _absent_inputs(num_rows: int, config: ModelConfig) -> Rounded | Row:
+    """What qkv and the experts take: one row before its norm, or several after it."""
+    if num_rows > 1:
+        return _absent_rounded(num_rows, config.d_model)
+    norm = _absent(config.num_layers, config.d_model)
+    return Row(_absent(1, config.d_model), norm, 0, float(config.norm_eps))
+
+
+def _absent_weights(kinds: Sequence[GGMLType], shapes: Sequence[tuple[int, ...]]) -> list[QuantTensor]:
+    """Weights without their numbers; none where the kernels cannot read one of them."""
+    if any(shape[-1] % SEGMENT for shape in shapes):
+        return []
+    both = zip(kinds, shapes, strict=True)
+    weights = [empty(kind, shape, "rows", new=jax.ShapeDtypeStruct) for kind, shape in both]
+    return weights if all(map(is_supported, weights)) else []
+
+
+def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
+    """The products of a layer and of the vocabulary on random weights, for one row, few and many.
+
+    Formats that the kernels cannot read are left out. What is rounded is compared as values and sums of 32.
+    """
+    parts = (_qkv_comparisons, _out_comparisons, _head_comparisons, _gate_up_comparisons, _down_comparisons)
+    for i, part in enumerate(parts):
+        yield from part(config, jax.random.fold_in(jax.random.key(seed), i))
+
+
+def _compared_rows(config: ModelConfig) -> list[int]:
+    # on the small shapes more rows would show nothing more
+    return [n for n in _COMPARED_ROWS if n <= config.d_model]
+
+
+def _qkv_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+    kinds = (GGMLType.Q4_K, GGMLType.Q4_K, GGMLType.Q6_K)
+    yield from _dense_comparisons("qkv", config, key, kinds, _qkv_shapes(config), _compared_rows(config))
+
+
+def _out_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+    for kind, counts in ((GGMLType.Q4_K, _compared_rows(config)), (GGMLType.Q6_K, [8, 300])):
+        yield from _dense_comparisons("attn_output", config, key, [kind], [_out_shape(config)], counts)
+
+
+def _head_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+    for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
+        yield from _dense_comparisons("lm_head", config, key, [kind], [_head_shape(config)], [1, 8, FEW_ROWS])
+
+
+def _dense_comparisons(
+    name: str,
+    config: ModelConfig,
+    key: Array,
+    kinds: Sequence[GGMLType],
+    shapes: Sequence[tuple[int, ...]],
+    counts: Sequence[int],
+) -> Iterator[Comparison]:
+    absent = _absent_weights(kinds, shapes)
+    if not absent:
+        return
+    fields = _random_weights(key, absent)
+    for num_rows in counts:
+        eps = config.norm_eps if name == "qkv" and num_rows == 1 else None
+        x, out = _random_rows(key, (num_rows, absent[0].shape[-1]), (num_rows, config.d_model))
+        residual = out if name == "attn_output" else None
+        arrays = (fields, x, _random_norm(key, config), residual, _count(num_rows))
+        yield _dense_comparison(name, _title(name, num_rows, kinds), absent, arrays, eps)
+
+
+def _dense_comparison(
+    name: str, title: str, absent: Sequence[QuantTensor], arrays: tuple[Any, ...], eps: float | None
+) -> Comparison:
+    at = min(_AT, absent[0].shape[0] - 1)
+
+    def kernel(fields: Fields, x: Array, norm: Array, residual: Array | None, count: Array) -> Array:
+        weights = _with_fields(absent, fields)
+        return dense(name, _entering(x, norm, eps), weights, count, index=at, residual=residual)
+
+    @jax.jit
+    def plain(fields: Fields, x: Array, residual: Array | None) -> Array:
+        return dense_twin(x, _with_fields(absent, fields), index=at, residual=residual)
+
+    def twin(fields: Fields, x: Array, norm: Array, residual: Array | None, count: Array) -> Array:
+        return plain(fields, _rounded_twin(x, norm, eps), residual)
+
+    def float_twin(fields: Fields, x: Array, norm: Array, residual: Array | None, count: Array) -> Array:
+        return plain(fields, _float_twin(x, norm, eps), residual)
+
+    return Comparison(title, kernel, twin, float_twin, arrays)
+
+
+def _gate_up_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+    wide, _ = _expert_shapes(config)
+    for kind, counts in ((GGMLType.Q4_K, _compared_rows(config)), (GGMLType.Q6_K, [1, 8, 300])):
+        absent = _absent_weights([kind] * 2, [wide] * 2)
+        if not absent:
+            continue
+        fields = _random_weights(key, absent)
+        for num_rows in counts:
+            (x,), ids = _random_rows(key, (num_rows, config.d_model)), _random_ids(key, num_rows, config)
+            arrays = (fields, x, _random_norm(key, config), ids, _count(num_rows))
+            yield _gate_up_comparison(_title("gate_up", num_rows, [kind] * 2), config, absent, arrays)
+
+
+def _gate_up_comparison(
+    title: str, config: ModelConfig, absent: Sequence[QuantTensor], arrays: tuple[Any, ...]
+) -> Comparison:
+    num_rows, active = arrays[1].shape[0], config.experts_per_token
+    eps = config.norm_eps if num_rows == 1 else None
+
+    def kernel(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
+        (gate, up), inputs = _with_fields(absent, fields), _entering(x, norm, eps)
+        if isinstance(inputs, Row):
+            return (gate_up_of_row(inputs, gate, up, ids, index=_AT),)
+        groups = _groups(ids, count, config)
+        return _readable(gate_up(inputs, gate, up, groups, experts_per_token=active, index=_AT))
+
+    @jax.jit
+    def plain(fields: Fields, x: Array, ids: Array) -> Array:
+        gate, up = _with_fields(absent, fields)
+        return gate_up_twin(x, gate, up, ids, index=_AT)
+
+    def twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
+        h = plain(fields, _rounded_twin(x, norm, eps), ids)
+        return (h,) if num_rows == 1 else _readable(round_rows(h))
+
+    def float_twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
+        h = plain(fields, _float_twin(x, norm, eps), ids)
+        return (h,) if num_rows == 1 else (h, jnp.sum(h.reshape(h.shape[0], -1, 32), axis=-1))
+
+    return Comparison(title, kernel, twin, float_twin, arrays)
+
+
+def _down_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+    active, (_, narrow) = config.experts_per_token, _expert_shapes(config)
+    for kind, counts in ((GGMLType.Q4_K, [1, 8, 300]), (GGMLType.Q6_K, _compared_rows(config))):
+        absent = _absent_weights([kind], [narrow])
+        if not absent:
+            continue
+        fields = _random_weights(key, absent)
+        for num_rows in counts:
+            hidden, shares, residual = _random_rows(
+                key, (num_rows * active, config.expert_width), (num_rows, active), (1, config.d_model)
+            )
+            ids = _random_ids(key, num_rows, config)
+            arrays = (fields, hidden, ids, jax.nn.softmax(shares), residual, _count(num_rows))
+            yield _down_comparison(_title("down", num_rows, [kind]), config, absent, arrays)
+
+
+def _down_comparison(
+    title: str, config: ModelConfig, absent: Sequence[QuantTensor], arrays: tuple[Any, ...]
+) -> Comparison:
+    num_rows = arrays[2].shape[0]
+
+    def kernel(
+        fields: Fields, hidden: Array, ids: Array, shares: Array, residual: Array, count: Array
+    ) -> Array:
+        (w,) = _with_fields(absent, fields)
+        if num_rows == 1:
+            return down_of_row(hidden, w, ids, shares, residual, index=_AT)
+        return down(round_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=_AT)
+
+    @jax.jit
+    def plain(fields: Fields, hidden: Array, ids: Array, shares: Array, residual: Array) -> Array:
+        (w,) = _with_fields(absent, fields)
+        y = down_twin(hidden, w, ids, index=_AT)
+        return residual + jnp.sum(shares.reshape(-1, 1) * y, axis=0)[None] if num_rows == 1 else y
+
+    def twin(fields: Fields, hidden: Array, *rest: Array) -> Array:
+        return plain(fields, rounded_values(round_rows(hidden)), *rest[:3])
+
+    def float_twin(fields: Fields, hidden: Array, *rest: Array) -> Array:
+        return plain(fields, hidden, *rest[:3])
+
+    return Comparison(title, kernel, twin, float_twin, arrays)
+
+
+def _with_fields(absent: Sequence[QuantTensor], fields: Fields) -> list[QuantTensor]:
+    """Weights with their numbers, which a traced function takes as arguments."""
+    return [replace(w, **arrays) for w, arrays in zip(absent, fields, strict=True)]
+
+
+def _entering(x: Array, norm: Array, eps: float | None) -> Rounded | Row:
+    """What a product takes of rows x: the row itself where it norms on its own, and `eps` is given."""
+    return round_rows(x) if eps is None else Row(x, norm, _AT, float(eps))
+
+
+def _rounded_twin(x: Array, norm: Array, eps: float | None) -> Array:
+    if eps is None:
+        return rounded_values(round_rows(x))
+    return rounded_values(Rounded(*norm_quantise_twin(x, norm, _count(1), eps=eps, layer=_AT)))
+
+
+def _float_twin(x: Array, norm: Array, eps: float | None) -> Array:
+    return x if eps is None else rms_norm(x, norm[_AT], eps)
+
+
+def _readable(rounded: Rounded) -> tuple[Array, Array]:
+    return rounded_values(rounded), rounded.scales[..., 1]
+
+
+def _groups(ids: Array, count: Array, config: ModelConfig) -> Groups:
+    counters, tile = jnp.zeros(router.NUM_COUNTERS, jnp.int32), tile_length(ids.shape[0])
+    pairs, tiles, num_tiles, _ = router.group(ids, count, counters, config=config, tile=tile)
+    return Groups(pairs, tiles, num_tiles)
+
+
+def _title(name: str, num_rows: int, kinds: Sequence[GGMLType]) -> str:
+    return f"{name}, {num_rows} rows, {' '.join(kind.name for kind in kinds)}"
+
+
+def _count(num_rows: int) -> Array:
+    return jnp.asarray([num_rows], jnp.int32)
+
+
+def _random_rows(key: Array, *shapes: tuple[int, ...]) -> list[Array]:
+    keys = jax.random.split(jax.random.fold_in(key, shapes[0][0]), len(shapes))
+    return [jax.random.uniform(k, shape, jnp.float32, -2, 2) for k, shape in zip(keys, shapes, strict=True)]
+
+
+def _random_norm(key: Array, config: ModelConfig) -> Array:
+    return jax.random.uniform(key, (_STACK, config.d_model), jnp.float32, 0.5, 1.5)
+
+
+def _random_ids(key: Array, num_rows: int, config: ModelConfig) -> Array:
+    order = jnp.argsort(jax.random.uniform(key, (num_rows, config.num_experts), jnp.float32), axis=1)
+    return order[:, : config.experts_per_token].astype(jnp.int32)
+
+
+def _random_weights(key: Array, absent: Sequence[QuantTensor]) -> Fields:
+    """Numbers for weights of 4-bit or 8-bit codes, such that products are of the size of the inputs."""
+    return [
+        {name: _random_field(jax.random.fold_in(key, 8 * i + j), name, array) for j, (name, array) in fields}
+        for i, w in enumerate(absent)
+        for fields in [enumerate(w.arrays.items())]
+    ]
+
+
+def _random_field(key: Array, name: str, array: Any) -> Array:
+    if name in ("codes", "s", "m"):
+        highest = {"codes": (255, 31), "s": (63, 127), "m": (63, 127)}[name][array.dtype == jnp.int8]
+        lowest = -highest if array.dtype == jnp.int8 else 0
+        return jax.random.randint(key, array.shape, lowest, highest, array.dtype)
+    scale = _D_M_SCALE if name == "d_m" else _D_SCALE
+    return jax.random.uniform(key, array.shape, jnp.float32, scale / 2, scale).astype(array.dtype)
