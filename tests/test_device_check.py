@@ -458,3 +458,17 @@ def test_a_run_writes_its_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device_check, "comparisons_of", lambda *_: iter([wrong]))
     assert device_check.main(["--part=kernels", f"--out={out}"]) == 1
     assert jax.default_backend() == "cpu" or out.exists()
+
+
+def test_parts_that_ran_apart_are_joined() -> None:
+    common = {"seed": 3, "sources": "s", "machine": "m", "date": "2026"}
+    empty: dict[str, Any] = {"kernels": [], "whole_model": {}, "batch_invariance": {}}
+    kernels = common | empty | {"kernels": [{"name": "qkv"}], "parts": ["kernels"], "passed": True}
+    model = common | empty | {"whole_model": {"mini": []}, "parts": ["model"], "passed": False}
+    whole = device_check.joined({"kernels": kernels, "model": model})
+    assert whole["parts"] == ["kernels", "model"]
+    assert whole["kernels"] == [{"name": "qkv"}]
+    assert whole["whole_model"] == {"mini": []}
+    assert whole["passed"] is False
+    with pytest.raises(AssertionError, match="not of one run"):
+        device_check.joined({"kernels": kernels, "model": model | {"seed": 4}})

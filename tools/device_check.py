@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import secrets
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -448,8 +450,39 @@ def run(parts: Sequence[str], model: Path | None, seed: int) -> Document:
     return document(seed, parts, findings, models, batches)
 
 
+def run_apart(parts: Sequence[str], model: Path | None, seed: int) -> Document:
+    """Run each part in a process of its own, side by side, and join what they found."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs = {part: Path(folder) / f"{part}.json" for part in parts}
+        others = ["--seed", str(seed), *([] if model is None else ["--model", str(model)])]
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tools.device_check", "--part", part, "--out", str(out), *others]
+            )
+            for part, out in outs.items()
+        ]
+        for process in running:
+            process.wait()
+        return joined({part: json.loads(out.read_text("utf-8")) for part, out in outs.items()})
+
+
+def joined(documents: Mapping[str, Document]) -> Document:
+    """One document of several parts' ones, which ran on the same sources with the same seed."""
+    first, *others = documents.values()
+    for other in others:
+        assert all(first[key] == other[key] for key in ("seed", "sources", "machine")), "not of one run"
+    whole = {**first, "parts": list(documents), "passed": all(one["passed"] for one in documents.values())}
+    for one in documents.values():
+        whole["kernels"] = whole["kernels"] or one["kernels"]
+        whole["whole_model"] = whole["whole_model"] or one["whole_model"]
+        whole["batch_invariance"] = whole["batch_invariance"] or one["batch_invariance"]
+    return whole
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    # several processes share the GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from jaxmoe.kernels import ptx
 
     arguments = _arguments(argv)
@@ -458,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
-    found = run(arguments.part, arguments.model, seed)
+    found = (run if len(arguments.part) == 1 else run_apart)(arguments.part, arguments.model, seed)
     out: Path | None = arguments.out
     if out is None and set(arguments.part) == set(PARTS):
         out = EVIDENCE / gpu_folder(str(found["gpu"])) / "kernels.json"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import Array, lax
 
@@ -551,9 +553,10 @@ def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
 
     Formats that the kernels cannot read are left out. What is rounded is compared as values and sums of 32.
     """
+    rng = np.random.default_rng(seed)
     parts = (_qkv_comparisons, _out_comparisons, _head_comparisons, _gate_up_comparisons, _down_comparisons)
-    for i, part in enumerate(parts):
-        yield from part(config, jax.random.fold_in(jax.random.key(seed), i))
+    for part in parts:
+        yield from part(config, rng)
 
 
 def _compared_rows(config: ModelConfig) -> list[int]:
@@ -561,25 +564,25 @@ def _compared_rows(config: ModelConfig) -> list[int]:
     return [n for n in _COMPARED_ROWS if n <= config.d_model]
 
 
-def _qkv_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+def _qkv_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
     kinds = (GGMLType.Q4_K, GGMLType.Q4_K, GGMLType.Q6_K)
-    yield from _dense_comparisons("qkv", config, key, kinds, _qkv_shapes(config), _compared_rows(config))
+    yield from _dense_comparisons("qkv", config, rng, kinds, _qkv_shapes(config), _compared_rows(config))
 
 
-def _out_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+def _out_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
     for kind, counts in ((GGMLType.Q4_K, _compared_rows(config)), (GGMLType.Q6_K, [8, 300])):
-        yield from _dense_comparisons("attn_output", config, key, [kind], [_out_shape(config)], counts)
+        yield from _dense_comparisons("attn_output", config, rng, [kind], [_out_shape(config)], counts)
 
 
-def _head_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+def _head_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
     for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
-        yield from _dense_comparisons("lm_head", config, key, [kind], [_head_shape(config)], [1, 8, FEW_ROWS])
+        yield from _dense_comparisons("lm_head", config, rng, [kind], [_head_shape(config)], [1, 8, FEW_ROWS])
 
 
 def _dense_comparisons(
     name: str,
     config: ModelConfig,
-    key: Array,
+    rng: np.random.Generator,
     kinds: Sequence[GGMLType],
     shapes: Sequence[tuple[int, ...]],
     counts: Sequence[int],
@@ -587,12 +590,12 @@ def _dense_comparisons(
     absent = _absent_weights(kinds, shapes)
     if not absent:
         return
-    fields = _random_weights(key, absent)
+    fields = _random_weights(rng, absent)
     for num_rows in counts:
         eps = config.norm_eps if name == "qkv" and num_rows == 1 else None
-        x, out = _random_rows(key, (num_rows, absent[0].shape[-1]), (num_rows, config.d_model))
+        x, out = _random_rows(rng, (num_rows, absent[0].shape[-1]), (num_rows, config.d_model))
         residual = out if name == "attn_output" else None
-        arrays = (fields, x, _random_norm(key, config), residual, _count(num_rows))
+        arrays = (fields, x, _random_norm(rng, config), residual, _count(num_rows))
         yield _dense_comparison(name, _title(name, num_rows, kinds), absent, arrays, eps)
 
 
@@ -618,16 +621,16 @@ def _dense_comparison(
     return Comparison(title, kernel, twin, float_twin, arrays)
 
 
-def _gate_up_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+def _gate_up_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
     wide, _ = _expert_shapes(config)
     for kind, counts in ((GGMLType.Q4_K, _compared_rows(config)), (GGMLType.Q6_K, [1, 8, 300])):
         absent = _absent_weights([kind] * 2, [wide] * 2)
         if not absent:
             continue
-        fields = _random_weights(key, absent)
+        fields = _random_weights(rng, absent)
         for num_rows in counts:
-            (x,), ids = _random_rows(key, (num_rows, config.d_model)), _random_ids(key, num_rows, config)
-            arrays = (fields, x, _random_norm(key, config), ids, _count(num_rows))
+            (x,), ids = _random_rows(rng, (num_rows, config.d_model)), _random_ids(rng, num_rows, config)
+            arrays = (fields, x, _random_norm(rng, config), ids, _count(num_rows))
             yield _gate_up_comparison(_title("gate_up", num_rows, [kind] * 2), config, absent, arrays)
 
 
@@ -651,7 +654,7 @@ def _gate_up_comparison(
 
     def twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h = plain(fields, _rounded_twin(x, norm, eps), ids)
-        return (h,) if num_rows == 1 else _readable(round_rows(h))
+        return (h,) if num_rows == 1 else _readable(_rounded_rows(h))
 
     def float_twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h = plain(fields, _float_twin(x, norm, eps), ids)
@@ -660,18 +663,18 @@ def _gate_up_comparison(
     return Comparison(title, kernel, twin, float_twin, arrays)
 
 
-def _down_comparisons(config: ModelConfig, key: Array) -> Iterator[Comparison]:
+def _down_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
     active, (_, narrow) = config.experts_per_token, _expert_shapes(config)
     for kind, counts in ((GGMLType.Q4_K, [1, 8, 300]), (GGMLType.Q6_K, _compared_rows(config))):
         absent = _absent_weights([kind], [narrow])
         if not absent:
             continue
-        fields = _random_weights(key, absent)
+        fields = _random_weights(rng, absent)
         for num_rows in counts:
             hidden, shares, residual = _random_rows(
-                key, (num_rows * active, config.expert_width), (num_rows, active), (1, config.d_model)
+                rng, (num_rows * active, config.expert_width), (num_rows, active), (1, config.d_model)
             )
-            ids = _random_ids(key, num_rows, config)
+            ids = _random_ids(rng, num_rows, config)
             arrays = (fields, hidden, ids, jax.nn.softmax(shares), residual, _count(num_rows))
             yield _down_comparison(_title("down", num_rows, [kind]), config, absent, arrays)
 
@@ -687,7 +690,7 @@ def _down_comparison(
         (w,) = _with_fields(absent, fields)
         if num_rows == 1:
             return down_of_row(hidden, w, ids, shares, residual, index=_AT)
-        return down(round_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=_AT)
+        return down(_rounded_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=_AT)
 
     @jax.jit
     def plain(fields: Fields, hidden: Array, ids: Array, shares: Array, residual: Array) -> Array:
@@ -696,7 +699,7 @@ def _down_comparison(
         return residual + jnp.sum(shares.reshape(-1, 1) * y, axis=0)[None] if num_rows == 1 else y
 
     def twin(fields: Fields, hidden: Array, *rest: Array) -> Array:
-        return plain(fields, rounded_values(round_rows(hidden)), *rest[:3])
+        return plain(fields, rounded_values(_rounded_rows(hidden)), *rest[:3])
 
     def float_twin(fields: Fields, hidden: Array, *rest: Array) -> Array:
         return plain(fields, hidden, *rest[:3])
@@ -711,9 +714,13 @@ def _with_fields(absent: Sequence[QuantTensor], fields: Fields) -> list[QuantTen
 
 def _entering(x: Array, norm: Array, eps: float | None) -> Rounded | Row:
     """What a product takes of rows x: the row itself where it norms on its own, and `eps` is given."""
-    return round_rows(x) if eps is None else Row(x, norm, _AT, float(eps))
+    return _rounded_rows(x) if eps is None else Row(x, norm, _AT, float(eps))
 
 
+_rounded_rows = jax.jit(round_rows)
+
+
+@partial(jax.jit, static_argnames="eps")
 def _rounded_twin(x: Array, norm: Array, eps: float | None) -> Array:
     if eps is None:
         return rounded_values(round_rows(x))
@@ -742,33 +749,31 @@ def _count(num_rows: int) -> Array:
     return jnp.asarray([num_rows], jnp.int32)
 
 
-def _random_rows(key: Array, *shapes: tuple[int, ...]) -> list[Array]:
-    keys = jax.random.split(jax.random.fold_in(key, shapes[0][0]), len(shapes))
-    return [jax.random.uniform(k, shape, jnp.float32, -2, 2) for k, shape in zip(keys, shapes, strict=True)]
+def _random_rows(rng: np.random.Generator, *shapes: tuple[int, ...]) -> list[Array]:
+    return [jnp.asarray(rng.uniform(-2, 2, shape).astype(np.float32)) for shape in shapes]
 
 
-def _random_norm(key: Array, config: ModelConfig) -> Array:
-    return jax.random.uniform(key, (_STACK, config.d_model), jnp.float32, 0.5, 1.5)
+def _random_norm(rng: np.random.Generator, config: ModelConfig) -> Array:
+    return jnp.asarray(rng.uniform(0.5, 1.5, (_STACK, config.d_model)).astype(np.float32))
 
 
-def _random_ids(key: Array, num_rows: int, config: ModelConfig) -> Array:
-    order = jnp.argsort(jax.random.uniform(key, (num_rows, config.num_experts), jnp.float32), axis=1)
-    return order[:, : config.experts_per_token].astype(jnp.int32)
+def _random_ids(rng: np.random.Generator, num_rows: int, config: ModelConfig) -> Array:
+    order = rng.random((num_rows, config.num_experts)).argsort(axis=1)
+    return jnp.asarray(order[:, : config.experts_per_token], jnp.int32)
 
 
-def _random_weights(key: Array, absent: Sequence[QuantTensor]) -> Fields:
-    """Numbers for weights of 4-bit or 8-bit codes, such that products are of the size of the inputs."""
+def _random_weights(rng: np.random.Generator, absent: Sequence[QuantTensor]) -> Fields:
+    """Numbers for weights of 4-bit or 8-bit codes, with which products are about as large as inputs."""
     return [
-        {name: _random_field(jax.random.fold_in(key, 8 * i + j), name, array) for j, (name, array) in fields}
-        for i, w in enumerate(absent)
-        for fields in [enumerate(w.arrays.items())]
+        {name: jnp.asarray(_random_field(rng, name, array)) for name, array in w.arrays.items()}
+        for w in absent
     ]
 
 
-def _random_field(key: Array, name: str, array: Any) -> Array:
-    if name in ("codes", "s", "m"):
-        highest = {"codes": (255, 31), "s": (63, 127), "m": (63, 127)}[name][array.dtype == jnp.int8]
-        lowest = -highest if array.dtype == jnp.int8 else 0
-        return jax.random.randint(key, array.shape, lowest, highest, array.dtype)
-    scale = _D_M_SCALE if name == "d_m" else _D_SCALE
-    return jax.random.uniform(key, array.shape, jnp.float32, scale / 2, scale).astype(array.dtype)
+def _random_field(rng: np.random.Generator, name: str, array: jax.ShapeDtypeStruct) -> np.ndarray:
+    if name in ("d", "d_m"):
+        scale = _D_M_SCALE if name == "d_m" else _D_SCALE
+        return rng.uniform(scale / 2, scale, array.shape).astype(array.dtype)
+    numbers = rng.integers(0, 256, array.shape, np.uint8).view(array.dtype)
+    # 4-bit codes and the scales of Q6_K are any byte, others have 6 bits
+    return numbers if (name == "codes") == (array.dtype == jnp.uint8) else numbers >> numbers.dtype.type(2)

@@ -1,0 +1,392 @@
+"""The products of packed weights, run by the emulator: the same bits for every number of rows, and twins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as G
+from kernel_config import small_config
+
+from jaxmoe.kernels import matmul, ptx, router, rows
+from jaxmoe.quants import FORMATS, empty, pack, packed_size
+
+EPS = 1e-5
+CONFIG = small_config(num_experts=8, experts_per_token=2)
+OUTPUTS, INPUTS, EXPERTS, WIDTH, ACTIVE = 192, 512, 8, 256, 2
+ROWS = (1, 8, 130)  # a kernel each
+GROUPED_ROWS = (1, 20, 70)
+BUSY = 3  # the expert of all rows; 5 and 7 have none
+INDEX = 1  # in stacks of two
+# Each type at one number of rows; those that differ most in how they are read at all.
+WHOLE = (G.Q4_K, G.Q6_K, G.Q8_0, G.F16)
+OTHERS = {
+    G.Q4_0: 130, G.Q4_1: 8, G.Q5_0: 1, G.Q5_1: 130, G.Q3_K: 8, G.Q5_K: 1, G.IQ4_NL: 8, G.IQ4_XS: 130,
+    G.MXFP4: 1, G.BF16: 130,
+}  # fmt: skip
+REFUSED = (G.Q2_K, G.F32)
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+f32 = np.float32
+
+
+@pytest.fixture(autouse=True)
+def _few_blocks(monkeypatch):
+    """So few blocks that each has several steps of a grouped product, of more than one tile."""
+    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 3)
+
+
+def packed_bytes(rng, ggml_type, shape):
+    """The bytes of a file: any bits, but scales of a size that sums keep."""
+    blocks = FORMATS[ggml_type]
+    if blocks.float_dtype is not None:
+        return rng.standard_normal(shape, f32).astype(blocks.float_dtype).view(np.uint8).reshape(-1)
+    raw = rng.integers(0, 256, packed_size(ggml_type, shape), np.uint8).reshape(-1, blocks.size)
+    start = 0
+    for name, size in blocks.fields.items():
+        if name in ("d", "d_m"):
+            scales = rng.uniform(0.005, 0.01, len(raw)).astype(np.float16)
+            raw[:, start : start + 2] = scales.view(np.uint8).reshape(-1, 2)
+        if name == "e":
+            raw[:, start] = rng.integers(110, 125, len(raw))
+        start += size
+    return raw.reshape(-1)
+
+
+def random_weight(seed, ggml_type, *shape):
+    raw = packed_bytes(np.random.default_rng(seed), ggml_type, shape)
+    return pack(ggml_type, raw, shape, "rows").map(jnp.asarray)
+
+
+def random(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, f32))
+
+
+def count_of(number):
+    return jnp.asarray([number], jnp.int32)
+
+
+def first(inputs, number):
+    return matmul.Rounded(inputs.codes[:number], inputs.scales[:number])
+
+
+def attn_output(inputs, w, count=None, residual=None, index=INDEX):
+    count = count_of(inputs.codes.shape[0] if count is None else count)
+    return np.asarray(matmul.dense("attn_output", inputs, [w], count, index=index, residual=residual))
+
+
+def assert_same_bits(one, other):
+    one, other = np.asarray(one), np.asarray(other)
+    assert one.shape == other.shape
+    assert one.tobytes() == other.tobytes()
+
+
+def assert_close(found, twin, limit=1e-5):
+    found, twin = np.asarray(found, np.float64), np.asarray(twin, np.float64)
+    assert found.shape == twin.shape
+    assert np.linalg.norm(found - twin) <= limit * np.linalg.norm(twin)
+
+
+def assert_untouched(array):
+    assert set(np.asarray(array).tobytes()) <= {0xFF}
+
+
+# --- Dense products.
+
+
+def test_each_type_is_in_one_of_the_lists():
+    assert {*WHOLE, *OTHERS, *REFUSED} == set(FORMATS)
+
+
+@pytest.mark.parametrize("ggml_type", WHOLE, ids=lambda t: t.name)
+def test_a_row_has_the_same_bits_alone_among_few_and_among_many(ggml_type):
+    w, inputs = (
+        random_weight(0, ggml_type, 2, OUTPUTS, INPUTS),
+        matmul.round_rows(random(1, ROWS[-1], INPUTS)),
+    )
+    twin = matmul.dense_twin(matmul.rounded_values(inputs), [w], index=INDEX)
+    found = {number: attn_output(first(inputs, number), w) for number in ROWS}
+    for number in ROWS:
+        assert_close(found[number], twin[:number])
+        assert_same_bits(found[number], found[ROWS[-1]][:number])
+
+
+@pytest.mark.parametrize("ggml_type", OTHERS, ids=lambda t: t.name)
+def test_each_other_type_is_multiplied(ggml_type):
+    w, inputs = (
+        random_weight(2, ggml_type, 2, OUTPUTS, INPUTS),
+        matmul.round_rows(random(3, ROWS[-1], INPUTS)),
+    )
+    some = first(inputs, OTHERS[ggml_type])
+    assert_close(attn_output(some, w), matmul.dense_twin(matmul.rounded_values(some), [w], index=INDEX))
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_the_residual_is_added_and_rows_past_the_count_are_left_alone(number):
+    w, inputs = random_weight(4, G.Q4_K, 2, OUTPUTS, INPUTS), matmul.round_rows(random(5, number, INPUTS))
+    residual, count = random(6, number, OUTPUTS), number - number // 2
+    found = attn_output(inputs, w, count, residual)
+    assert_same_bits(found[:count], (residual + attn_output(inputs, w))[:count])
+    assert_untouched(found[count:])
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_three_weights_of_two_formats_stand_side_by_side(number):
+    kinds, sizes = (G.Q4_K, G.Q4_K, G.Q6_K), (OUTPUTS, 64, 64)
+    weights = [random_weight(7 + i, kinds[i], 2, sizes[i], INPUTS) for i in range(3)]
+    inputs = matmul.round_rows(random(10, number, INPUTS))
+    found = np.asarray(matmul.dense("qkv", inputs, weights, count_of(number), index=INDEX))
+    twin = matmul.dense_twin(matmul.rounded_values(inputs), weights, index=INDEX)
+    for start, end in ((0, 192), (192, 256), (256, 320)):
+        assert_close(found[:, start:end], twin[:, start:end])
+
+
+def test_the_index_picks_the_matrix():
+    w, inputs = random_weight(11, G.Q4_K, 2, OUTPUTS, INPUTS), matmul.round_rows(random(12, 8, INPUTS))
+    for index in range(2):
+        twin = matmul.dense_twin(matmul.rounded_values(inputs), [w], index=index)
+        assert_close(attn_output(inputs, w, index=index), twin)
+
+
+def test_a_row_before_its_norm_has_the_bits_of_norm_and_product():
+    x, norm = random(13, 1, INPUTS), random(14, 3, INPUTS)
+    weights = [random_weight(15 + i, G.Q4_K, 2, 64, INPUTS) for i in range(3)]
+    for layer in range(3):
+        rounded = matmul.Rounded(*rows.norm_quantise(x, norm, count_of(1), eps=EPS, layer=layer))
+        row = matmul.Row(x, norm, layer, EPS)
+        one, other = (
+            matmul.dense("qkv", inputs, weights, count_of(1), index=INDEX) for inputs in (row, rounded)
+        )
+        assert_same_bits(one, other)
+
+
+def test_wide_and_narrow_blocks_give_the_same_bits(monkeypatch):
+    w, inputs = random_weight(18, G.Q4_K, 2, OUTPUTS, INPUTS), matmul.round_rows(random(19, 128, INPUTS))
+    assert matmul._many_columns(2, 128) == 32
+    narrow = attn_output(inputs, w)
+    monkeypatch.setattr(matmul, "_MANY_BLOCKS", 1)
+    assert matmul._many_columns(2, 128) == 64
+    assert_same_bits(attn_output(inputs, w), narrow)
+
+
+def test_outputs_that_fill_no_block_of_64():
+    w, inputs = random_weight(20, G.Q4_K, 2, 80, INPUTS), matmul.round_rows(random(21, 70, INPUTS))
+    twin = matmul.dense_twin(matmul.rounded_values(inputs), [w], index=INDEX)
+    assert_close(attn_output(inputs, w), twin)
+
+
+@pytest.mark.parametrize(
+    ("ggml_type", "shape", "expected"),
+    [
+        *((ggml_type, (16, 256), True) for ggml_type in (*WHOLE, *OTHERS)),
+        *((ggml_type, (16, 256), False) for ggml_type in REFUSED),
+        (G.Q4_K, (2, 3, 32, 512), True),
+        (G.Q8_0, (16, 288), False),
+        (G.F16, (16, 128), False),
+        (G.Q4_K, (24, 256), False),
+        (G.Q4_K, (1003, 256), False),
+    ],
+)
+def test_what_the_kernels_can_read(ggml_type, shape, expected):
+    assert matmul.is_supported(empty(ggml_type, shape, "rows")) is expected
+
+
+def test_other_layouts_are_refused():
+    assert not matmul.is_supported(empty(G.Q4_K, (256, 256), "columns"))
+
+
+# --- Grouped products: gate, up and down of experts, of two formats.
+
+
+@cache
+def experts():
+    gate = random_weight(30, G.Q4_K, 2, EXPERTS, WIDTH, INPUTS)
+    up = random_weight(31, G.Q6_K, 2, EXPERTS, WIDTH, INPUTS)
+    return gate, up, random_weight(32, G.Q6_K, 2, EXPERTS, INPUTS, WIDTH)
+
+
+@cache
+def chosen():
+    """x, norm, ids and weights of the most rows: one expert in all of them, two in none."""
+    rng = np.random.default_rng(33)
+    number = GROUPED_ROWS[-1]
+    other = rng.choice([0, 1, 2, 4, 6], number)
+    ids = np.where(
+        rng.random(number)[:, None] < 0.5, np.c_[[BUSY] * number, other], np.c_[other, [BUSY] * number]
+    )
+    weights = jnp.asarray(rng.random((number, ACTIVE), f32))
+    return random(34, number, INPUTS), random(35, 2, INPUTS), jnp.asarray(ids, jnp.int32), weights
+
+
+def rounded_rows(number, count):
+    x, norm, _, _ = chosen()
+    codes, scales = rows.norm_quantise(x[:number], norm, count_of(count), eps=EPS, layer=1)
+    return matmul.Rounded(codes, scales)
+
+
+def grouped(number, count):
+    """gate_up and down of the first `count` of `number` rows."""
+    gate, up, down = experts()
+    counters, tile = jnp.zeros(router.NUM_COUNTERS, jnp.int32), matmul.tile_length(number)
+    ids = chosen()[2][:number]
+    groups = matmul.Groups(*router.group(ids, count_of(count), counters, config=CONFIG, tile=tile)[:3])
+    inputs = rounded_rows(number, count)
+    hidden = matmul.gate_up(inputs, gate, up, groups, experts_per_token=ACTIVE, index=INDEX)
+    return hidden, matmul.down(hidden, down, groups, num_rows=number, index=INDEX)
+
+
+@cache
+def whole(number):
+    return grouped(number, number)
+
+
+def single(t):
+    """gate_up and down of row t alone."""
+    (x, norm, ids, weights), (gate, up, down) = chosen(), experts()
+    here = slice(t, t + 1)
+    hidden = matmul.gate_up_of_row(matmul.Row(x[here], norm, 1, EPS), gate, up, ids[here], index=INDEX)
+    return hidden, matmul.down_of_row(hidden, down, ids[here], weights[here], x[here], index=INDEX)
+
+
+def combined(number):
+    x, norm, _, weights = chosen()
+    y = whole(number)[1]
+    return rows.combine(x[:number], y, weights[:number], norm, count_of(number), eps=EPS, layer=0)[0]
+
+
+def test_some_tiles_are_of_one_expert_and_some_experts_have_none():
+    _, counts = np.unique(np.asarray(chosen()[2][:20]), return_counts=True)
+    assert counts.max() == 20
+    assert len(counts) < EXPERTS
+    assert matmul.tile_length(20) == 8
+    assert matmul.tile_length(GROUPED_ROWS[-1]) == 64 < GROUPED_ROWS[-1]
+
+
+@pytest.mark.parametrize("number", GROUPED_ROWS[1:])
+def test_gate_up_is_its_twin_rounded(number):
+    gate, up, _ = experts()
+    inputs = rounded_rows(number, number)
+    twin = matmul.gate_up_twin(matmul.rounded_values(inputs), gate, up, chosen()[2][:number], index=INDEX)
+    found, expected = whole(number)[0], matmul.round_rows(twin)
+    assert_close(found.scales[..., 0], expected.scales[..., 0])
+    steps = np.abs(np.asarray(found.codes, np.int32) - np.asarray(expected.codes, np.int32))
+    assert steps.max() <= 1  # a value between two codes may go either way
+    assert (steps > 0).mean() < 1e-3
+    sums = np.asarray(found.codes, f32).reshape(*found.scales.shape[:2], 32).sum(-1)
+    assert_same_bits(found.scales[..., 1], np.asarray(found.scales[..., 0]) * sums)
+
+
+def test_gate_up_of_a_row_is_its_twin():
+    gate, up, _ = experts()
+    inputs = rounded_rows(1, 1)
+    twin = matmul.gate_up_twin(matmul.rounded_values(inputs), gate, up, chosen()[2][:1], index=INDEX)
+    assert_close(single(0)[0], twin)
+
+
+@pytest.mark.parametrize("number", GROUPED_ROWS[1:])
+def test_down_is_its_twin(number):
+    hidden, y = whole(number)
+    ids = chosen()[2][:number]
+    assert_close(y, matmul.down_twin(matmul.rounded_values(hidden), experts()[2], ids, index=INDEX))
+
+
+def test_down_of_a_row_is_the_weighted_sum_of_its_twin():
+    x, _, ids, weights = chosen()
+    hidden, y = single(0)
+    values = matmul.rounded_values(matmul.round_rows(hidden))
+    terms = matmul.down_twin(values, experts()[2], ids[:1], index=INDEX)
+    assert_close(y - x[:1], jnp.sum(weights[0][:, None] * terms, axis=0)[None])
+
+
+def test_experts_give_a_row_the_same_bits_alone_among_few_and_among_many():
+    few, many = (whole(number) for number in GROUPED_ROWS[1:])
+    num_pairs = GROUPED_ROWS[1] * ACTIVE
+    assert_same_bits(few[0].codes, many[0].codes[:num_pairs])
+    assert_same_bits(few[0].scales, many[0].scales[:num_pairs])
+    assert_same_bits(few[1], many[1][:num_pairs])
+    sums = combined(GROUPED_ROWS[-1])
+    for t in (0, 7, 69):
+        hidden, y = single(t)
+        alone, here = matmul.round_rows(hidden), slice(t * ACTIVE, (t + 1) * ACTIVE)
+        assert_same_bits(alone.codes, many[0].codes[here])
+        assert_same_bits(alone.scales, many[0].scales[here])
+        assert_same_bits(y, sums[t : t + 1])
+
+
+@pytest.mark.parametrize("number", GROUPED_ROWS[1:])
+@pytest.mark.parametrize("count", [0, 11])
+def test_pairs_past_the_count_are_left_alone(number, count):
+    (hidden, y), (all_hidden, all_y) = grouped(number, count), whole(number)
+    for found, expected in ((hidden.codes, all_hidden.codes), (hidden.scales, all_hidden.scales), (y, all_y)):
+        assert_same_bits(found[: count * ACTIVE], expected[: count * ACTIVE])
+        assert_untouched(found[count * ACTIVE :])
+
+
+def test_other_numbers_of_blocks_give_the_same_bits(monkeypatch):
+    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 40)
+    (hidden, y), (expected, expected_y) = grouped(20, 20), whole(20)
+    assert_same_bits(hidden.codes, expected.codes)
+    assert_same_bits(hidden.scales, expected.scales)
+    assert_same_bits(y, expected_y)
+
+
+# --- What is compiled and compared elsewhere.
+
+
+def test_comparisons_hold():
+    names = ("qkv, 1 rows, Q4_K Q4_K Q6_K", "gate_up, 8 rows, Q4_K Q4_K", "down, 1 rows, Q6_K")
+    found = [comparison for comparison in matmul.comparisons(CONFIG, 3) if comparison.name in names]
+    assert [comparison.name for comparison in found] == list(names)
+    for comparison in found:
+        results = jax.tree.leaves(comparison.kernel(*comparison.arrays))
+        for limit, twin in ((1e-3, comparison.twin), (0.015, comparison.float_twin)):
+            for one, other in zip(results, jax.tree.leaves(twin(*comparison.arrays)), strict=True):
+                assert_close(one, other, limit)
+
+
+def noted_launches(monkeypatch, config):
+    """What the comparisons launch of matmul's sources, without running it."""
+    asked = {}
+
+    def noted(file, name, defines, arrays, outputs, *, shared_size=0, **_):
+        if file.startswith("matmul"):
+            asked[running[0], file, name, tuple(sorted(defines.items())), shared_size] = None
+        return tuple(jnp.zeros(output.shape, output.dtype) for output in outputs)
+
+    monkeypatch.setattr(ptx, "launch", noted)
+    running = [""]
+    for comparison in matmul.comparisons(config, 3):
+        running[0] = comparison.name
+        comparison.kernel(*comparison.arrays)
+    return list(asked)
+
+
+def test_variants_are_what_the_wrappers_launch(monkeypatch):
+    config = replace(CONFIG, num_layers=2)
+    named = {
+        (file, name, tuple(sorted(defines.items())), size)
+        for file, name, defines, size in matmul.variants(config)
+    }
+    asked = noted_launches(monkeypatch, config)
+    assert {launch[0].split(",")[0] for launch in asked} == {
+        "qkv",
+        "attn_output",
+        "lm_head",
+        "gate_up",
+        "down",
+    }
+    for what, *launch in asked:
+        extra = "300 rows" in what or ("Q6_K" in what and what.startswith(("attn_output", "gate_up")))
+        assert extra or tuple(launch) in named, what
+
+
+def test_what_cannot_be_read_is_left_out():
+    config = replace(CONFIG, vocab_size=1003, num_heads=5)
+    names = {name for _, name, _, _ in matmul.variants(config)}
+    assert names == {"qkv", "gate_up", "down"}
+    assert {one.name.split(",")[0] for one in matmul.comparisons(config, 3)} == names
