@@ -17,6 +17,7 @@ import jax
 from jaxmoe.cache import KVCache
 from jaxmoe.config import MAX_PAGE_LENGTH, EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFFile
+from jaxmoe.kernels import attention as kernel_attention
 from jaxmoe.kernels import ptx
 from jaxmoe.layers import ROW_TILE
 from jaxmoe.model import Decoder
@@ -488,9 +489,10 @@ def workspace_size(config: ModelConfig, engine_config: EngineConfig, *, kernels:
     logits = 8 * engine_config.num_slots * config.vocab_size
     context_length = min(engine_config.context_length or config.context_length, config.context_length)
     rope = 4 * context_length * config.head_dim
-    segments = -(-context_length // MAX_PAGE_LENGTH)
+    table_length = -(-context_length // MAX_PAGE_LENGTH) * MAX_PAGE_LENGTH
     # what each attention segment of each slot leaves for the last one to join
-    partials = 4 * engine_config.num_slots * segments * (heads + 2 * config.num_heads) if kernels else 0
+    segments = engine_config.num_slots * table_length // kernel_attention.SEGMENT_LENGTH
+    partials = 4 * segments * (heads + 4 * config.num_heads) if kernels else 0
     return _FIXED_WORKSPACE_SIZE + sampling + rows + logits + rope + partials
 
 

@@ -149,7 +149,7 @@ class MoE(nnx.Module):
     ) -> tuple[Array, Rounded | Row, Array]:
         """x [T, D] plus the experts of its norm by norm[layer]; the input that follows; the counters.
 
-        norm [L, D]; `next_norm` is the norm [n, D] that follows, and its index; count int32 [1] the real rows.
+        norm [L, D]; `next_norm`: the norm [n, D] that follows, and its index; count int32 [1]: the real rows.
         """
         eps, row = self.config.norm_eps, Row(x, norm, layer, self.config.norm_eps)
         stacks = [weight.at(layer) for weight in (self.router, self.gate, self.up, self.down)]

@@ -19,7 +19,7 @@ EPS = 1e-5
 CONFIG = small_config(num_experts=8, experts_per_token=2)
 OUTPUTS, INPUTS, EXPERTS, WIDTH, ACTIVE = 192, 512, 8, 256, 2
 ROWS = (1, 8, 130)  # a kernel each
-GROUPED_ROWS = (1, 20, 70)
+GROUPED_ROWS = (1, 17, 70)  # 17 and 70 pairs of an expert are several tiles, one of them of one pair
 BUSY = 3  # the expert of all rows; 5 and 7 have none
 INDEX = 1  # in stacks of two
 # Each type at one number of rows; those that differ most in how they are read at all.
@@ -76,7 +76,10 @@ def first(inputs, number):
 
 
 def attn_output(inputs, w, count=None, residual=None, index=INDEX):
-    count = count_of(inputs.codes.shape[0] if count is None else count)
+    """The product plus the residual, of zeros if there is none: fewer kernels to compile."""
+    num_rows = inputs.codes.shape[0]
+    count = count_of(num_rows if count is None else count)
+    residual = jnp.zeros((num_rows, w.shape[-2]), f32) if residual is None else residual
     return np.asarray(matmul.dense("attn_output", inputs, [w], count, index=index, residual=residual))
 
 
@@ -260,10 +263,9 @@ def combined(number):
 
 
 def test_some_tiles_are_of_one_expert_and_some_experts_have_none():
-    _, counts = np.unique(np.asarray(chosen()[2][:20]), return_counts=True)
-    assert counts.max() == 20
+    _, counts = np.unique(np.asarray(chosen()[2][:17]), return_counts=True)
+    assert counts.max() == 17 == 2 * matmul.tile_length(17) + 1
     assert len(counts) < EXPERTS
-    assert matmul.tile_length(20) == 8
     assert matmul.tile_length(GROUPED_ROWS[-1]) == 64 < GROUPED_ROWS[-1]
 
 
@@ -329,7 +331,7 @@ def test_pairs_past_the_count_are_left_alone(number, count):
 
 def test_other_numbers_of_blocks_give_the_same_bits(monkeypatch):
     monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 40)
-    (hidden, y), (expected, expected_y) = grouped(20, 20), whole(20)
+    (hidden, y), (expected, expected_y) = grouped(17, 17), whole(17)
     assert_same_bits(hidden.codes, expected.codes)
     assert_same_bits(hidden.scales, expected.scales)
     assert_same_bits(y, expected_y)
@@ -339,7 +341,7 @@ def test_other_numbers_of_blocks_give_the_same_bits(monkeypatch):
 
 
 def test_comparisons_hold():
-    names = ("qkv, 1 rows, Q4_K Q4_K Q6_K", "gate_up, 8 rows, Q4_K Q4_K", "down, 1 rows, Q6_K")
+    names = ("qkv, 1 rows, Q4_K Q4_K Q6_K", "gate_up, 8 rows, Q4_K Q4_K", "down, 8 rows, Q6_K")
     found = [comparison for comparison in matmul.comparisons(CONFIG, 3) if comparison.name in names]
     assert [comparison.name for comparison in found] == list(names)
     for comparison in found:

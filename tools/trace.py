@@ -115,7 +115,9 @@ def self_times(events: Sequence[Event]) -> Iterator[tuple[str, float]]:
         while open_events and open_events[-1][0] <= event.start:
             open_events.pop()
         if open_events:
-            left[open_events[-1][1]] -= event.duration
+            # kernels of one stream may overlap: only what lies inside is the inner one's
+            end, outer = open_events[-1]
+            left[outer] -= min(event.duration, end - event.start)
         open_events.append((event.start + event.duration, len(left)))
         names.append(event.name)
         left.append(event.duration)

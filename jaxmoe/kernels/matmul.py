@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ _SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 2
 _SMALL_SHARED = 99 << 10
 
 _VARIANTS = (1, 8, 64, 2048)
-_COMPARED_ROWS = (1, 8, 64, 300, 2048)
+_COMPARED_ROWS = (1, 8, 64, 300)
 _STACK, _AT = 2, 1  # of the random weights: how many layers, and which is multiplied
 
 # Of random weights: products are then about as large as inputs, and minima take off half of the codes.
@@ -548,15 +547,22 @@ def _absent_weights(kinds: Sequence[GGMLType], shapes: Sequence[tuple[int, ...]]
     return weights if all(map(is_supported, weights)) else []
 
 
-def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
+def comparisons(config: ModelConfig, seed: int, only: str | None = None) -> Iterator[Comparison]:
     """The products of a layer and of the vocabulary on random weights, for one row, few and many.
 
     Formats that the kernels cannot read are left out. What is rounded is compared as values and sums of 32.
+    `only` is the name of one product.
     """
-    rng = np.random.default_rng(seed)
-    parts = (_qkv_comparisons, _out_comparisons, _head_comparisons, _gate_up_comparisons, _down_comparisons)
-    for part in parts:
-        yield from part(config, rng)
+    products = {
+        "qkv": _qkv_comparisons,
+        "attn_output": _out_comparisons,
+        "lm_head": _head_comparisons,
+        "gate_up": _gate_up_comparisons,
+        "down": _down_comparisons,
+    }
+    for name, product in products.items():
+        if only in (None, name):
+            yield from product(config, np.random.default_rng(seed))
 
 
 def _compared_rows(config: ModelConfig) -> list[int]:
@@ -608,7 +614,6 @@ def _dense_comparison(
         weights = _with_fields(absent, fields)
         return dense(name, _entering(x, norm, eps), weights, count, index=at, residual=residual)
 
-    @jax.jit
     def plain(fields: Fields, x: Array, residual: Array | None) -> Array:
         return dense_twin(x, _with_fields(absent, fields), index=at, residual=residual)
 
@@ -647,14 +652,13 @@ def _gate_up_comparison(
         groups = _groups(ids, count, config)
         return _readable(gate_up(inputs, gate, up, groups, experts_per_token=active, index=_AT))
 
-    @jax.jit
     def plain(fields: Fields, x: Array, ids: Array) -> Array:
         gate, up = _with_fields(absent, fields)
         return gate_up_twin(x, gate, up, ids, index=_AT)
 
     def twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h = plain(fields, _rounded_twin(x, norm, eps), ids)
-        return (h,) if num_rows == 1 else _readable(_rounded_rows(h))
+        return (h,) if num_rows == 1 else _readable(round_rows(h))
 
     def float_twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h = plain(fields, _float_twin(x, norm, eps), ids)
@@ -690,16 +694,15 @@ def _down_comparison(
         (w,) = _with_fields(absent, fields)
         if num_rows == 1:
             return down_of_row(hidden, w, ids, shares, residual, index=_AT)
-        return down(_rounded_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=_AT)
+        return down(round_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=_AT)
 
-    @jax.jit
     def plain(fields: Fields, hidden: Array, ids: Array, shares: Array, residual: Array) -> Array:
         (w,) = _with_fields(absent, fields)
         y = down_twin(hidden, w, ids, index=_AT)
         return residual + jnp.sum(shares.reshape(-1, 1) * y, axis=0)[None] if num_rows == 1 else y
 
     def twin(fields: Fields, hidden: Array, *rest: Array) -> Array:
-        return plain(fields, rounded_values(_rounded_rows(hidden)), *rest[:3])
+        return plain(fields, rounded_values(round_rows(hidden)), *rest[:3])
 
     def float_twin(fields: Fields, hidden: Array, *rest: Array) -> Array:
         return plain(fields, hidden, *rest[:3])
@@ -714,13 +717,9 @@ def _with_fields(absent: Sequence[QuantTensor], fields: Fields) -> list[QuantTen
 
 def _entering(x: Array, norm: Array, eps: float | None) -> Rounded | Row:
     """What a product takes of rows x: the row itself where it norms on its own, and `eps` is given."""
-    return _rounded_rows(x) if eps is None else Row(x, norm, _AT, float(eps))
+    return round_rows(x) if eps is None else Row(x, norm, _AT, float(eps))
 
 
-_rounded_rows = jax.jit(round_rows)
-
-
-@partial(jax.jit, static_argnames="eps")
 def _rounded_twin(x: Array, norm: Array, eps: float | None) -> Array:
     if eps is None:
         return rounded_values(round_rows(x))

@@ -10,9 +10,11 @@ constexpr int SCALES_STRIDE = 9;                // pairs of floats of a segment'
 
 // One row of inputs in shared memory.
 template <int SEGMENTS_> struct SharedRow {
-    u8 codes[SEGMENTS_ * INPUT_STRIDE];
+    __align__(16) u8 codes[SEGMENTS_ * INPUT_STRIDE];  // read 16 bytes at a time
     float2 scales[SEGMENTS_ * SCALES_STRIDE];
 };
+
+static_assert(alignof(SharedRow<1>) >= 16, "codes are read 16 bytes at a time");
 
 // A segment of it, 8 numbers a lane, rounded; `by` multiplies the scales.
 DEVICE void put_scales(float2* scales, float scale, int sum, float by) {
