@@ -482,16 +482,18 @@ def prefill_chunk(engine_config: EngineConfig, *, kernels: bool) -> int:
 def workspace_size(config: ModelConfig, engine_config: EngineConfig, *, kernels: bool) -> int:
     """Bytes that steps need beside weights and cache: sampling state, a step's temporaries, RoPE tables."""
     sampling = engine_config.num_slots * config.vocab_size * 9
-    num_rows = max(prefill_chunk(engine_config, kernels=kernels), engine_config.num_slots)
+    # a step has as many rows as the bucket that all slots fit
+    num_slots = 1 << (engine_config.num_slots - 1).bit_length()
+    num_rows = max(prefill_chunk(engine_config, kernels=kernels), num_slots)
     pairs = num_rows * config.experts_per_token + ROW_TILE * config.num_experts
     heads = config.num_heads * config.head_dim
     rows = 4 * (pairs * (config.d_model + config.expert_width) + num_rows * 8 * (config.d_model + heads))
-    logits = 8 * engine_config.num_slots * config.vocab_size
+    logits = 8 * num_slots * config.vocab_size
     context_length = min(engine_config.context_length or config.context_length, config.context_length)
     rope = 4 * context_length * config.head_dim
     table_length = -(-context_length // MAX_PAGE_LENGTH) * MAX_PAGE_LENGTH
     # what each attention segment of each slot leaves for the last one to join
-    segments = engine_config.num_slots * table_length // kernel_attention.SEGMENT_LENGTH
+    segments = num_slots * table_length // kernel_attention.SEGMENT_LENGTH
     partials = 4 * segments * (heads + 4 * config.num_heads) if kernels else 0
     return _FIXED_WORKSPACE_SIZE + sampling + rows + logits + rope + partials
 

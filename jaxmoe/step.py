@@ -22,6 +22,7 @@ from jaxmoe.cache import KVCache
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx
 from jaxmoe.kernels import sampling as kernel_sampling
+from jaxmoe.kernels.router import NUM_COUNTERS
 from jaxmoe.layers import MIN_ROWS
 from jaxmoe.model import Decoder
 from jaxmoe.request import Decode, Prefill, SampledToken, SamplingParams, TokenLogprobs
@@ -30,7 +31,6 @@ from jaxmoe.sampling import Sampled, SamplingRow, sample
 logger = logging.getLogger(__name__)
 
 _SMALLEST_PREFILL, _MIDDLE_PREFILL = 64, 512
-_NUM_COUNTERS = 4096
 _FLOAT_PARAMS = ("top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
@@ -406,7 +406,7 @@ class Steps:
 def _idle_slots(num_slots: int, vocab_size: int) -> Slots:
     row = sampling_row(SamplingParams(), vocab_size, (), (), 0)
     batch = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (num_slots, *np.shape(x))).copy(), row)
-    zeros = [jnp.zeros(length, jnp.int32) for length in (num_slots, num_slots, _NUM_COUNTERS)]
+    zeros = [jnp.zeros(length, jnp.int32) for length in (num_slots, num_slots, NUM_COUNTERS)]
     return Slots(zeros[0], zeros[1], batch, zeros[2])
 
 

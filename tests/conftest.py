@@ -83,7 +83,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs kernels through the emulator: the interpreter's version makes no difference there."""
+    """Mark what compiles kernels: the interpreter's version makes no difference there."""
     for item in items:
-        if "emulated" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.emulated)
+        if "emulated" in getattr(item, "fixturenames", ()) or item.path.stem == "test_ptx":
+            item.add_marker(pytest.mark.kernels)

@@ -853,4 +853,3 @@ static inline float exp2_fast(float x) {
     float y = exp2f(fabsf(x) < 0x1p-126f ? 0.f : x);
     return y < 0x1p-126f ? 0.f : y;
 }
-template <class T> static inline T load_once(const T* p) { return *p; }

@@ -392,3 +392,27 @@ def test_what_cannot_be_read_is_left_out():
     names = {name for _, name, _, _ in matmul.variants(config)}
     assert names == {"qkv", "gate_up", "down"}
     assert {one.name.split(",")[0] for one in matmul.comparisons(config, 3)} == names
+
+
+def real_config():
+    heads = {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128}
+    experts = {"num_experts": 128, "experts_per_token": 8, "expert_width": 768}
+    return replace(CONFIG, d_model=2048, vocab_size=151_936, **heads, **experts)
+
+
+def test_the_shapes_of_a_real_model_fit_the_gpus_they_are_meant_for(monkeypatch):
+    for capability in ("8.0", "9.0", "10.0"):
+        limit = matmul._SHARED_SIZES[capability]
+        monkeypatch.setattr(matmul, "_shared_limit", lambda limit=limit: limit)
+        variants = matmul.variants(real_config())
+        sizes = [size for _, _, defines, size in variants if "<16," not in defines["FORMAT_0"]]
+        assert max(sizes) + matmul._STATIC_SIZE <= limit
+
+
+def test_a_gpu_with_too_little_shared_memory_is_told_so(monkeypatch):
+    monkeypatch.setattr(matmul, "_shared_limit", lambda: matmul._SMALL_SHARED)
+    with pytest.raises(ptx.KernelError, match=r"takes \d+ bytes of shared memory, the GPU has 101376"):
+        list(matmul.variants(real_config()))
+    launch = matmul.Launch("matmul_few.cu", "qkv", {"THREADS": 32}, (1, 1, 1), 100_000)
+    with pytest.raises(ptx.KernelError, match=r"qkv takes 104103 bytes of shared memory .* has 101376"):
+        launch([], [], 7)

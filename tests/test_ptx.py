@@ -376,14 +376,14 @@ def test_a_launch_becomes_one_custom_call(monkeypatch: pytest.MonkeyPatch) -> No
 
     def call(x: Array, counters: Array) -> tuple[Array, ...]:
         return ptx.launch(
-            "matmul.cu", "dense", {"K": 5}, [x, counters], [shape(np.float32, 8), shape(np.int32, 3)],
+            "matmul_row.cu", "dense", {"K": 5}, [x, counters], [shape(np.float32, 8), shape(np.int32, 3)],
             grid=(2, 3, 4), threads=96, shared_size=64, number=5, aliases={1: 1},
         )  # fmt: skip
 
     monkeypatch.setattr(ptx, "_device_arch", lambda: "sm_90")
     monkeypatch.setattr(ptx, "compile_ptx", fake)
     text = jax.jit(call).lower(jnp.zeros(4), jnp.zeros(3, jnp.int32)).as_text()
-    assert asked == [("matmul.cu", {"K": 5, "SHARED_SIZE": 64}, "sm_90")]
+    assert asked == [("matmul_row.cu", {"K": 5, "SHARED_SIZE": 64}, "sm_90")]
     (line,) = [line for line in text.splitlines() if TARGET in line]
     attributes = re.search(r"mhlo\.backend_config = \{(.*?)\}, operand_layouts", line)
     assert attributes is not None

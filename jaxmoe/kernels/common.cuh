@@ -112,9 +112,6 @@ DEVICE int add_in_order(int* counter, int number) {
                  : "memory");
     return before;
 }
-// Weights pass through once a step: they must not push out what stays in the cache.
-DEVICE uint2 load_once(const uint2* p) { return __ldcs(p); }
-DEVICE uint4 load_once(const uint4* p) { return __ldcs(p); }
 #else
 DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 b0, int c) { mma_int8(d, a0, a1, 0, 0, b0, 0, c); }
 DEVICE void load_matrices(u32 (&r)[4], const void* row) {
@@ -131,16 +128,9 @@ DEVICE u32 highest_of_lanes(u32 v) {
 DEVICE int add_in_order(int* counter, int number) { return atomicAdd(counter, number); }
 #endif
 
-DEVICE float bfloat16_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
-
 DEVICE float sum_of_lanes(float v) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(ALL_LANES, v, offset);
-    return v;
-}
-DEVICE float max_of_lanes(float v) {
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, offset));
     return v;
 }
 

@@ -1,4 +1,4 @@
-"""Products of packed weights with rounded activations: the wrappers of matmul.cu, and their plain twins.
+"""Products of packed weights with rounded activations: the wrappers of matmul_*.cu, and their plain twins.
 
 Activations are `codes` int8 [T, K] and `scales` float32 [T, K/32, 2], (scale, scale * sum of the 32 codes).
 With one row the products take the row itself and its norm instead: the kernel norms and rounds on its own.
@@ -24,16 +24,16 @@ from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
 from jaxmoe.quants import QuantTensor, dequantise, empty
 
 SEGMENT = 256
-FEW_ROWS = 64  # up to here all segments of a product are read at once, above it they go through shared memory
+FEW_ROWS = 64  # up to here a block has all segments of its weights at once, above it one after the other
 FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
 _ROW, _FEW, _MANY = "matmul_row.cu", "matmul_few.cu", "matmul_many.cu"
 _MANY_THREADS = 128
 _MANY_FACTORS = 8192  # bytes of the scales of its weights
 _MANY_BLOCKS = 264  # that run at once: two on each of the 132 multiprocessors of an H200
 _MANY_OUTPUTS = 16384  # from so many outputs on the kernel for many rows has enough blocks for a few of them
-_REGISTERS = 65536  # of a multiprocessor
 _HALF_ROWS = 64
 _OTHER_WARPS = 3  # of a grouped product, that copy and finish
+_ROW_STATIC_SIZE = 24 << 10  # of a one-row product: the inputs and the sums
 _STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
 # Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
 _SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
@@ -63,7 +63,13 @@ class Launch(NamedTuple):
     def __call__(
         self, arrays: Sequence[Array], outputs: Sequence[jax.ShapeDtypeStruct], number: int
     ) -> tuple[Array, ...]:
-        """Run it, with the launch number."""
+        """Run it, with the launch number. Raises KernelError where the GPU has too little shared memory."""
+        size = self.shared_size + number + (_ROW_STATIC_SIZE if self.file == _ROW else _STATIC_SIZE)
+        if size > _shared_limit():
+            raise ptx.KernelError(
+                f"{self.name} takes {size} bytes of shared memory with these weights, "
+                f"the GPU has {_shared_limit()}"
+            )
         return ptx.launch(
             self.file, self.name, self.defines, arrays, outputs, grid=self.grid,
             threads=int(self.defines["THREADS"]), shared_size=self.shared_size, number=number,
@@ -215,7 +221,11 @@ def _grouped_launch(stage: int, num_units: int, inputs: int, num_steps: int) -> 
     fitting = [
         n for n in (4, 3, 2) if n <= num_steps + 1 and n * stage + fixed + _STATIC_SIZE <= _shared_limit()
     ]
-    assert fitting, f"a step of {stage} bytes does not fit {_shared_limit()} bytes of shared memory"
+    if not fitting:
+        raise ptx.KernelError(
+            f"a step of a grouped product takes {2 * stage + fixed} bytes of shared memory, "
+            f"the GPU has {_shared_limit()}"
+        )
     threads = _threads(num_units) + 32 * _OTHER_WARPS
     return {"COLUMN_TILES": 1, "THREADS": threads, "STAGES": fitting[0]}, fitting[0] * stage + fixed
 
@@ -226,8 +236,7 @@ def _num_multiprocessors() -> int:
 
 def _row_launch(row_size: int, tasks_a_row: int) -> tuple[Defines, int]:
     """Macros and shared memory of a kernel for one row, whose blocks keep as many weight rows as fit."""
-    fixed = 24 << 10  # the inputs and the sums
-    rows = 16 if 16 * row_size + fixed <= _shared_limit() else 8
+    rows = 16 if 16 * row_size + _ROW_STATIC_SIZE <= _shared_limit() else 8
     threads = min(32 * -(-rows * tasks_a_row // 32), 512)
     return {"ROWS": rows, "THREADS": threads}, rows * row_size
 
@@ -238,11 +247,6 @@ def _norm(inputs: Rounded | Row) -> Defines:
 
 def _number(inputs: Rounded | Row, index: int) -> int:
     return index * inputs.norm.shape[0] + inputs.layer if isinstance(inputs, Row) else index
-
-
-def _blocks(threads: int, registers: int) -> int:
-    """Blocks of so many threads and registers a thread that run on a multiprocessor together."""
-    return max(1, _REGISTERS // (threads * registers))
 
 
 def _threads(num_units: int, most: int = 16) -> int:

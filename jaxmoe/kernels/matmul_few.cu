@@ -86,7 +86,7 @@ template <class F, class Rows, bool ONE = false> DEVICE void multiply(float (&su
 #pragma unroll
         for (int word = 0; word < F::WORDS / 2; word++) {
             Codes<F> words;
-            words.template read<false>(codes + (half * (F::WORDS / 2) + word) * 4 * F::WORD, Rows::CODE_STRIDE);
+            words.read(codes + (half * (F::WORDS / 2) + word) * 4 * F::WORD, Rows::CODE_STRIDE);
 #pragma unroll
             for (int i = 0; i < F::BLOCKS_A_WORD; i++) {
                 int in_half = word * F::BLOCKS_A_WORD + i, block = half * 4 + in_half;

@@ -208,7 +208,7 @@ DEVICE void multiply_floats(Totals& sums, const u8* codes, const u8* x, const u8
     for (int block = 0; block < STEP / GROUP; block++) {
         Codes<F> words[2];
 #pragma unroll
-        for (int t = 0; t < 2; t++) words[t].template read<false>(codes + 16 * t * CODE_STRIDE<F> + block * 64, CODE_STRIDE<F>);
+        for (int t = 0; t < 2; t++) words[t].read(codes + 16 * t * CODE_STRIDE<F> + block * 64, CODE_STRIDE<F>);
         Block<F> weights[2] = {{words[0], 0, 0}, {words[1], 0, 0}};
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++) {

@@ -22,7 +22,7 @@ from jaxmoe.kernels.comparison import Comparison
 from jaxmoe.kernels.rows import rms_norm
 
 FILE: Final = "router.cu"
-NUM_COUNTERS: Final = 4096
+NUM_COUNTERS: Final = 16384  # of attention too: key heads times slots
 SEGMENT: Final = 256
 MAX_EXPERTS: Final = 256
 MAX_EXPERTS_PER_TOKEN: Final = 16

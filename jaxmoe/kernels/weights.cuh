@@ -70,62 +70,22 @@ template <class F> DEVICE float times_byte(float d, const u32* words, int i) {
     return F::SIGNED ? (byte - 8388736.f) * d : fmaf(byte, d, -8388608.f * d);
 }
 
-template <class F> struct Scales {  // of a lane's two rows
-    static constexpr int S_WORDS = F::SPLIT ? 4 : 2;
-    u32 s[2][S_WORDS], m[2][2], d[2][FACTOR_WORDS<F>], d_m[2][FACTOR_WORDS<F>];
-
-    METHOD void read(const Weight& w, size_t row, int segment) {
-        if constexpr (F::HALF) return;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            size_t at = row + 8 * h;
-            read_factors<F>(d[h], w.d, at, segment);
-            if constexpr (F::D_M) read_factors<F>(d_m[h], w.d_m, at, segment);
-            if constexpr (F::S) {
-                const u32* p = (const u32*)(w.s + at * (K / (F::SPLIT ? 16 : 32)) + segment * 4 * S_WORDS);
-                if constexpr (F::SPLIT) {
-                    uint4 v = *(const uint4*)p;
-                    s[h][0] = v.x, s[h][1] = v.y, s[h][2] = v.z, s[h][3] = v.w;
-                } else {
-                    uint2 v = *(const uint2*)p;
-                    s[h][0] = v.x, s[h][1] = v.y;
-                }
-            }
-            if constexpr (F::M) {
-                uint2 v = *(const uint2*)(w.m + at * (K / 32) + segment * 8);
-                m[h][0] = v.x, m[h][1] = v.y;
-            }
-        }
-    }
-    // d * s of group `part` of a block, and what takes MAGIC off again
-    METHOD void scale(int h, int block, int part, float& sd, float& minus_magic) const {
-        sd = factor<F>(d[h], block);
-        if constexpr (F::S) sd = times_byte<F>(sd, s[h], F::SPLIT ? 2 * block + part : block);
-        minus_magic = -MAGIC * sd;
-    }
-    METHOD float minimum(int h, int block) const {
-        float md = factor<F>(d_m[h], block);
-        if constexpr (F::M) md = times_byte<F>(md, m[h], block);
-        return -md;
-    }
-};
-
 // --- One block of 32 inputs: 16 rows times 8 * TILES columns. Lane l has rows l/4, l/4 + 8 and columns
 // 2 * (l%4), 2 * (l%4) + 1 of each tile; inputs are taken in the order lane by lane, 8 each.
 
 template <class F> struct Codes {  // a lane's codes of its two rows, for BLOCKS_A_WORD blocks
     u32 low[F::WORD / 4], high[F::WORD / 4];
 
-    template <bool ONCE> METHOD void read(const u8* p, size_t stride) {  // p: the first of the lane's rows
-        read_row<ONCE>(low, p);
-        read_row<ONCE>(high, p + 8 * stride);
+    METHOD void read(const u8* p, size_t stride) {  // p: the first of the lane's rows
+        read_row(low, p);
+        read_row(high, p + 8 * stride);
     }
-    template <bool ONCE> static METHOD void read_row(u32 (&out)[F::WORD / 4], const u8* p) {
+    static METHOD void read_row(u32 (&out)[F::WORD / 4], const u8* p) {
         if constexpr (F::WORD == 16) {
-            uint4 v = ONCE ? load_once((const uint4*)p) : *(const uint4*)p;
+            uint4 v = *(const uint4*)p;
             out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
         } else {
-            uint2 v = ONCE ? load_once((const uint2*)p) : *(const uint2*)p;
+            uint2 v = *(const uint2*)p;
             out[0] = v.x, out[1] = v.y;
         }
     }
