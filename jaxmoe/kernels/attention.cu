@@ -428,7 +428,7 @@ DEVICE bool is_last_block(DecodeShared& s, int* counter, int num_blocks) {
 // The parts y, y + SPREAD, ... of one token of a slot, its row of `active` being blockIdx.z: a part is a segment,
 // or a run if they are many. The block that has the last part stores the token's key and value; the last block to
 // finish merges.
-KERNEL(THREADS, WIDE ? 2 : 3)
+KERNEL(THREADS, 2)
 attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const float* cosines, const float* sines,
               const int* active, const int* positions, const int* tables, const int* count, const u16*, const u16*,
               const int*, i8* codes, float* scales, u16* keys, u16* values, int* counters, float* parts) {

@@ -277,7 +277,7 @@ template <class F, class Rows, int COPIERS = THREADS> struct RowsCopy {  // COPI
     // Start the copy of the rows from `row` on.
     METHOD void start(u8* to, size_t row) const {
         const u8* p = codes + row * (Rows::NUM_SEGMENTS * F::BYTES);
-#pragma unroll
+#pragma unroll 8  // all at once, the addresses would not fit the registers
         for (int i = 0; i < (ALL + COPIERS - 1) / COPIERS; i++)
             if (ALL % COPIERS == 0 || i * COPIERS + thread < ALL) {
                 // mostly a thread's pieces lie whole rows apart
