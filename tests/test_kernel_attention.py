@@ -182,11 +182,51 @@ def page_of(state: dict[str, Any], row: int, page_length: int) -> tuple[int, int
     return LAYER, int(state["tables"][slot, position // page_length]), position % page_length, 0
 
 
-def test_blocks_that_take_several_segments_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_blocks_that_take_several_segments_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
     state = decode_arrays(NARROW, 11, (1300, 700), 64)
     wanted = decode(state, NARROW)
-    monkeypatch.setattr(attention, "_spread", lambda _: 2)
+    monkeypatch.setattr(attention, "_BLOCKS", blocks)
     assert same(decode(state, NARROW), wanted)
+
+
+def test_less_shared_memory_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = decode_arrays(WIDE, 17, (1300, 513), 256)
+    monkeypatch.setattr(attention, "_BLOCKS", 4)
+    wanted = decode(state, WIDE)
+    monkeypatch.setattr(attention, "_has_large_shared", lambda: False)
+    assert same(decode(state, WIDE), wanted)
+
+
+@pytest.mark.parametrize("blocks", [12, 66])
+@pytest.mark.parametrize("positions", [(511,), (512,) * 8, (9000, 3, 700), tuple(range(0, 2800, 70))])
+def test_a_plan_gives_each_segment_to_one_block(
+    monkeypatch: pytest.MonkeyPatch, positions: tuple[int, ...], blocks: int
+) -> None:
+    state = decode_arrays(NARROW, 19, positions, 64)
+    monkeypatch.setattr(attention, "_BLOCKS", blocks)
+    macros = attention._macros(NARROW, state["keys"], state["tables"])
+    active, at, tables, count = (state[name] for name in ("active", "positions", "tables", "count"))
+    plans = np.asarray(attention._plan(active, at, tables, count, macros))
+    busy = plans[plans[:, 0, 4] > 0]
+    largest = max(int(end - first) for first, end in busy[:, 0, 3:5])
+    total = sum(position // 128 + 1 for position in positions)
+    assert largest <= 4 * -(-sum(position // 512 + 1 for position in positions) // blocks) + 1
+    assert total > blocks or largest == 1
+    for row, position in enumerate(positions):
+        mine = busy[busy[:, 0, 0] == row]
+        assert (mine[:, :, 5] == len(mine)).all()
+        slot = int(state["active"][row])
+        assert (mine[:, :, 1:3] == (slot, position)).all()
+        bounds = [0, *mine[:, 0, 4].tolist()]
+        assert bounds[-1] == position // 128 + 1
+        assert bounds[:-1] == mine[:, 0, 3].tolist()
+        assert bounds == sorted(set(bounds))
+        assert not any(bound % (1 << int(mine[0, 0, 6])) for bound in bounds[:-1])
+        starts = 128 * mine[:, 0, 3, None] + np.arange(0, 128, 16)
+        np.testing.assert_array_equal(mine[:, :, 7], np.asarray(state["tables"])[slot, starts // 64])
 
 
 def test_fewer_rows_a_block_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ constexpr int N = NUM_HEADS, K = NUM_KV_HEADS, H = HEAD_DIM, G = N / K, P = TABL
 constexpr int THREADS = 256, WARPS = 8;
 constexpr int KEYS = 128;            // of a segment
 constexpr int RUN = 4;               // segments
+constexpr int FEW_SEGMENTS = 32;     // of a token, to be merged one by one though every block has two
 constexpr int CHUNKS = H / 8;        // pieces of 16 bytes in a row of H bfloat16
 constexpr int PARTS = H / 32;        // pieces of a key that one lane multiplies
 constexpr int PAIRS = H / 64;        // pairs of numbers that a lane rotates
@@ -26,9 +27,6 @@ static_assert(H == 64 || H == 128, "heads of 64 or 128 numbers");
 static_assert(N % K == 0 && G <= 16, "at most 16 query heads a key head");
 static_assert(256 % PAGE_LENGTH == 0, "pages are cut from two segments without a rest");
 
-#ifndef SPREAD  // blocks that a token's parts of one key head are spread over
-#define SPREAD 1
-#endif
 #define INFINITE __uint_as_float(0x7f800000u)
 
 // The same number, which is then kept in a register instead of computed anew wherever it is needed.
@@ -89,6 +87,10 @@ struct Angles {
 DEVICE Head load_head(const float* x) {
     int i = PAIRS * (threadIdx.x & 31);
     return {load_few(x + i), load_few(x + H / 2 + i)};
+}
+DEVICE Head load_head_shared(const float* x) {
+    int i = PAIRS * (threadIdx.x & 31);
+    return {load_shared(x + i), load_shared(x + H / 2 + i)};
 }
 DEVICE Angles load_angles(const float* cosines, const float* sines, int position) {
     u64 i = (u64)position * (H / 2) + PAIRS * (threadIdx.x & 31);
@@ -165,41 +167,47 @@ constexpr int HALVES = 1 + WIDE, QUERIES = 8 * HALVES;
 constexpr int ROW_FLOATS = H + 4;  // a head's part of a run: the mix, the highest score, the sum
 constexpr int PART_FLOATS = G * ROW_FLOATS;
 constexpr int ITEMS = G * H / 4;       // 4 numbers of a head, which a thread merges and rounds
-constexpr int ROUNDS = (G + 1) / WARPS + 1;  // heads that a warp prepares
+// Rows of `incoming` after the queries, and how many of them a warp copies.
+constexpr int KEY = G, VALUE = G + 1, Q_NORM = G + 2, K_NORM = G + 3, ANGLES = G + 4, ROUNDS = ANGLES / WARPS + 1;
 constexpr int COLUMNS = H / 64;        // tiles of 8 numbers of H that a warp mixes
 
 struct DecodeShared {
-    u8 keys[KEYS * ROW];  // at the end the only part of a token that has one
-    u8 values[KEYS * ROW];
+    u8 buffers[BUFFERS][KEYS * ROW];  // keys and values of segments in turn; at the end parts that are merged
     // both as lanes multiply them, 16 bytes a lane: [step of 16][lane][rows l/4, l/4 + 8, l/4, l/4 + 8]; rows past G
     // are whatever they are
     u8 queries[16 * ROW];
     union {
         u8 shares[16 * KEYS * 2];
-        float incoming[G + 2][H];  // of queries, key and value; not after the first segment's scores
+        float incoming[ANGLES + 1][H];  // queries, key, value, norms, cosines and sines; not after the first scores
     };
     u8 fresh[2 * ROW];  // the token's own key and value
     float maxima[QUERIES][WARPS];
     int is_last;
 };
-static_assert(PART_FLOATS * 4 <= KEYS * ROW, "a part fits where the keys were");
+constexpr int PART_SIZE = PART_FLOATS * 4, MERGED = BUFFERS * KEYS * ROW / (RUN * PART_SIZE);  // fours on their way
+static_assert(BUFFERS == 2 || BUFFERS == 3, "a segment's keys and values, or the next one's too");
+static_assert(MERGED > 0, "four parts fit where the keys and values were");
 
 struct Token {
     int row, kv_head, position;
     const int* table;
 };
 
-// The token's heads into shared memory in the background: queries of this key head, key, value. Each warp has those
-// that it prepares.
-DEVICE void copy_token(DecodeShared& s, const float* qkv, int row, int kv_head) {
+// The token's heads of this key head, norms and angles into shared memory in the background.
+DEVICE void copy_token(DecodeShared& s, const Token& token, const float* qkv, const float* q_norm, const float* k_norm,
+                       const float* cosines, const float* sines) {
     int lane = threadIdx.x & 31, piece = lane % (H / 4);
-    const float* from = qkv + (u64)row * QKV + 4 * piece;
-    // straight on: the loads before this would otherwise be put off until after a loop
+    qkv += (u64)token.row * QKV;
+    u64 angles = (u64)token.position * (H / 2);
 #pragma unroll
     for (int round = 0; round < ROUNDS; round++) {
-        int head = WARPS * round + (threadIdx.x >> 5);
-        int at = head < G ? kv_head * G + head : N + (head - G) * K + kv_head;
-        if (head < G + 2 && lane == piece) copy_async(s.incoming[head] + 4 * piece, from + at * H);
+        int row = WARPS * round + (threadIdx.x >> 5);
+        const float* from = qkv + (token.kv_head * G + row) * H;
+        if (row >= KEY) from = qkv + (N + (row - KEY) * K + token.kv_head) * H;
+        if (row == Q_NORM) from = q_norm;
+        if (row == K_NORM) from = k_norm;
+        if (row == ANGLES) from = piece < H / 8 ? cosines + angles : sines + angles - H / 2;
+        if (row <= ANGLES && lane == piece) copy_async(s.incoming[row] + 4 * piece, from + 4 * piece);
     }
     commit_copies();
 }
@@ -211,46 +219,59 @@ DEVICE int place_of_query(int head, int i) {
 }
 
 // Queries of this key head, and, for the owner, the token's own key and value, to shared memory.
-DEVICE void prepare_token(DecodeShared& s, const Head (&norms)[2], const Angles& angles, int num_heads) {
+DEVICE void prepare_token(DecodeShared& s, bool is_owner) {
     int i = PAIRS * (threadIdx.x & 31);
-    __syncwarp();
+    Angles angles = {load_shared(s.incoming[ANGLES] + i), load_shared(s.incoming[ANGLES] + H / 2 + i)};
 #pragma unroll 1
-    for (int head = threadIdx.x >> 5; head < num_heads; head += WARPS) {
-        Head h = {load_shared(s.incoming[head] + i), load_shared(s.incoming[head] + H / 2 + i)};
-        Head norm = norms[0];
-        if (head >= G) norm = norms[1];
-        if (head <= G) norm_and_rotate(h, norm, angles);
+    for (int head = threadIdx.x >> 5; head < (is_owner ? G + 2 : G); head += WARPS) {
+        Head h = load_head_shared(s.incoming[head]);
+        if (head < VALUE) norm_and_rotate(h, load_head_shared(s.incoming[head < G ? Q_NORM : K_NORM]), angles);
         u8* to = head < G ? s.queries + place_of_query(head, i) : s.fresh + (head - G) * ROW + 2 * i;
         store_few((u16*)to, h.low);
         store_few((u16*)(to + (head < G ? 8 * ROW : ROW / 2)), h.high);
     }
 }
 
-// The token's key and value to their page.
-DEVICE void store_token(const DecodeShared& s, const Token& token, u16* keys, u16* values) {
-    int piece = threadIdx.x;
-    if (piece >= 2 * CHUNKS) return;
-    u16* pages = piece < CHUNKS ? keys : values;
-    u64 start = row_start(token_of(token.table, token.position), token.kv_head);
-    ((uint4*)(pages + start))[piece % CHUNKS] = ((const uint4*)s.fresh)[piece];
+// Where a warp's 16 tokens of a segment lie.
+DEVICE int page_of(const Token& token, int segment) {
+    u32 there = KEYS * segment + 16 * (threadIdx.x >> 5);
+    return ONE_PAGE ? __ldg(token.table + min(there / PAGE_LENGTH, P - 1u)) : 0;
 }
-// The token's own key or value to place `known` of the segment in shared memory, after what its warp copied there.
-DEVICE void insert_token(u8* rows, const u8* fresh, int known) {
+DEVICE int around(int buffer) { return buffer < BUFFERS ? buffer : buffer - BUFFERS; }
+// A segment's keys to buffer `place` and its values to the next, if it is before `end`: two groups of copies.
+DEVICE void copy_segment(DecodeShared& s, const Token& token, const u16* keys, const u16* values, int segment, int end,
+                         int place, int page) {
+    int first = 16 * (threadIdx.x >> 5), start = KEYS * segment;
+    int at = page * PAGE_LENGTH + (int)((u32)(start + first) % PAGE_LENGTH);
+#pragma unroll 1
+    for (int i = 0; i < 2; i++, place = around(place + 1), keys = values) {
+        if (segment < end)
+            copy_rows(s.buffers[place], keys, token.table, at, start, first, token.position, token.kv_head);
+        commit_copies();
+    }
+}
+
+// The token's own key or value to place `known` of the segment in shared memory, after what its warp copied there, and
+// to its page.
+DEVICE void insert_token(u8* rows, u16* pages, const u8* fresh, const Token& token, int known, int page) {
     int lane = threadIdx.x & 31, own = lane / CHUNKS, chunk = lane % CHUNKS;
-    if (known >> 4 == (int)threadIdx.x >> 5 && known % (32 / CHUNKS) == own)
-        ((uint4*)rows)[known * CHUNKS + (chunk ^ row_mix(known))] = ((const uint4*)fresh)[chunk];
+    if (known >> 4 == (int)threadIdx.x >> 5 && known % (32 / CHUNKS) == own) {
+        uint4 piece = ((const uint4*)fresh)[chunk];
+        ((uint4*)rows)[known * CHUNKS + (chunk ^ row_mix(known))] = piece;
+        int in_page = (u32)token.position % PAGE_LENGTH;
+        int at = ONE_PAGE ? page * PAGE_LENGTH + in_page : token_of(token.table, token.position);
+        ((uint4*)(pages + row_start(at, token.kv_head)))[chunk] = piece;
+    }
     __syncwarp();
 }
 
-// Highest scores of rows l/4 and l/4 + 8, and shares of this warp's 16 keys, of which `seen` of the segment count,
-// into shared memory.
-DEVICE void share_segment(DecodeShared& s, int seen, float (&highest)[2]) {
+// Scores of this warp's 16 keys, of which `seen` of the segment count; their highest into shared memory.
+DEVICE void score_segment(DecodeShared& s, const u8* keys, int seen, float (&scores)[2][4]) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2;
-    float scores[2][4] = {};
 #pragma unroll
     for (int j = 0; j < PARTS; j++) {
         const uint4* query = (const uint4*)s.queries + 64 * j + lane;
-        score_keys<2>(scores, query[0], query[32], s.keys + 16 * warp * ROW + piece_of_key(j));
+        score_keys<2>(scores, query[0], query[32], keys + 16 * warp * ROW + piece_of_key(j));
     }
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
@@ -264,7 +285,10 @@ DEVICE void share_segment(DecodeShared& s, int seen, float (&highest)[2]) {
         found = highest_of_four_lanes(found);
         if ((lane & 3) == 0) s.maxima[8 * h + row][warp] = found;
     }
-    __syncthreads();
+}
+// Highest scores of rows l/4 and l/4 + 8 in all warps; this warp's shares into shared memory.
+DEVICE void share_segment(DecodeShared& s, const float (&scores)[2][4], float (&highest)[2]) {
+    int row = (threadIdx.x & 31) >> 2;
     u32 shares[2][2] = {};
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
@@ -277,11 +301,16 @@ DEVICE void share_segment(DecodeShared& s, int seen, float (&highest)[2]) {
     ((uint4*)s.shares)[threadIdx.x] = make_uint4(shares[0][0], shares[0][1], shares[1][0], shares[1][1]);
 }
 
-// mix += shares * values for COLUMNS * 8 numbers of H; sum += shares * 1.
-DEVICE void mix_segment(const DecodeShared& s, float (&mix)[COLUMNS][4], float (&sum)[4]) {
+// A warp's rows l/4 and l/4 + 8 of a segment, of a run so far or of all runs so far.
+struct Running {
+    float mix[COLUMNS][4], sum[2], highest[2];
+};
+// Shares * values for COLUMNS * 8 numbers of H, and shares * 1; both are 0 before.
+DEVICE void mix_segment(const DecodeShared& s, const u8* values, Running& segment) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, key = COLUMNS == 2 ? lane & 15 : lane;
-    const u8* value = s.values + key * ROW + ((COLUMNS * warp + (COLUMNS == 2 ? lane >> 4 : 0)) ^ row_mix(key)) * 16;
+    const u8* value = values + key * ROW + ((COLUMNS * warp + (COLUMNS == 2 ? lane >> 4 : 0)) ^ row_mix(key)) * 16;
     const uint4* share = (const uint4*)s.shares + lane;
+    float (&mix)[COLUMNS][4] = segment.mix, sum[4] = {};
 #pragma unroll
     for (int group = 0; group < KEYS / 32; group++, share += 64, value += 32 * ROW) {
         uint4 a = share[0], b = share[32];
@@ -295,29 +324,25 @@ DEVICE void mix_segment(const DecodeShared& s, float (&mix)[COLUMNS][4], float (
         if (COLUMNS == 2) mma_bfloat16(mix[COLUMNS - 1], b.x, b.y, b.z, b.w, q[2], q[3]);
         mma_bfloat16(sum, b.x, b.y, b.z, b.w, ONES, ONES);
     }
+    segment.sum[0] = sum[0], segment.sum[1] = sum[2];
 }
 
-// A warp's rows l/4 and l/4 + 8 of a run so far.
-struct Running {
-    float mix[COLUMNS][4], sum[2], highest[2];
-};
 DEVICE Running no_segment() {
     Running none = {};
     none.highest[0] = none.highest[1] = -INFINITE;
     return none;
 }
-DEVICE void merge_segment(Running& run, const float (&mix)[COLUMNS][4], const float (&sum)[4],
-                          const float (&highest)[2]) {
+DEVICE void merge_rows(Running& to, const Running& next) {
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        float a, b, both = fmaxf(run.highest[h], highest[h]);
-        weigh(run.highest[h], highest[h], both, a, b);
-        run.highest[h] = both;
-        run.sum[h] = fmaf(sum[2 * h], b, run.sum[h] * a);
+        float a, b, both = fmaxf(to.highest[h], next.highest[h]);
+        weigh(to.highest[h], next.highest[h], both, a, b);
+        to.highest[h] = both;
+        to.sum[h] = fmaf(next.sum[h], b, to.sum[h] * a);
 #pragma unroll
         for (int i = 0; i < 2 * COLUMNS; i++) {
-            float& to = run.mix[i >> 1][2 * h + (i & 1)];
-            to = fmaf(mix[i >> 1][2 * h + (i & 1)], b, to * a);
+            float& mix = to.mix[i >> 1][2 * h + (i & 1)];
+            mix = fmaf(next.mix[i >> 1][2 * h + (i & 1)], b, mix * a);
         }
     }
 }
@@ -342,11 +367,13 @@ struct Mixed {
     float4 mix;
     float highest, sum;
 };
-DEVICE Mixed load_part(const float* mix, const float* rest, u32 part) {
-    constexpr u64 SIZE = PART_FLOATS * sizeof(float);
-    float4 four = *(const float4*)((const u8*)mix + part * SIZE);
-    float2 two = *(const float2*)((const u8*)rest + part * SIZE);
-    return {four, two.x, two.y};
+DEVICE Mixed no_part() { return {make_float4(0, 0, 0, 0), -INFINITE, 0}; }
+// Where a thread's 4 numbers of a part lie, and the highest score and the sum of their head.
+DEVICE int place_of_mix(int item) { return (item / (H / 4) * ROW_FLOATS + item % (H / 4) * 4) * 4; }
+DEVICE int place_of_rest(int item) { return (item / (H / 4) * ROW_FLOATS + H) * 4; }
+DEVICE Mixed load_part(const u8* part, int item) {
+    float2 rest = *(const float2*)(part + place_of_rest(item));
+    return {*(const float4*)(part + place_of_mix(item)), rest.x, rest.y};
 }
 DEVICE void merge(Mixed& to, const Mixed& next) {
     float a, b, both = fmaxf(to.highest, next.highest);
@@ -359,8 +386,7 @@ DEVICE void merge(Mixed& to, const Mixed& next) {
 // Up to 4 parts, each a run or, `single`, a segment. Runs go on from those before them, which is the same as merging
 // them with nothing first.
 DEVICE void merge_four(Mixed& all, const Mixed (&parts)[RUN], int num_parts, bool single) {
-    const Mixed none = {make_float4(0, 0, 0, 0), -INFINITE, 0};
-    Mixed run = single ? none : all;
+    Mixed run = single ? no_part() : all;
 #pragma unroll
     for (int i = 0; i < RUN; i++)
         if (i < num_parts) merge(run, parts[i]);
@@ -369,23 +395,33 @@ DEVICE void merge_four(Mixed& all, const Mixed (&parts)[RUN], int num_parts, boo
     else
         all = run;
 }
-DEVICE void load_four(Mixed (&parts)[RUN], const float* mix, const float* rest, int first, int num_parts) {
-#pragma unroll
-    for (int i = 0; i < RUN; i++) parts[i] = load_part(mix, rest, min(first + i, num_parts - 1));
-}
-// Parts ascending; 4 of them are on their way while 4 are merged.
-DEVICE Mixed merge_parts(const float* parts, int num_parts, bool single, int item) {
-    Mixed all = {make_float4(0, 0, 0, 0), -INFINITE, 0}, even[RUN], odd[RUN];
-    const float* row = parts + (u32)item / (H / 4) * ROW_FLOATS;
-    const float *mix = row + (u32)item % (H / 4) * 4, *rest = row + H;
-    load_four(even, mix, rest, 0, num_parts);
+// Parts ascending. What a thread merges comes to shared memory in the background, 4 parts at a time; a head's threads
+// share the rest.
+DEVICE Mixed merge_parts(DecodeShared& s, const u8* parts, int num_parts, bool single, int item) {
+    constexpr int AHEAD = RUN * MERGED;
+    u8* buffers = (u8*)s.buffers;
+    int mix = place_of_mix(item), rest = place_of_rest(item), lane = threadIdx.x % (H / 4), stage = 0;
+    Mixed all = no_part();
 #pragma unroll 1
-    for (int first = 0; first < num_parts; first += 2 * RUN) {
-        if (first + RUN < num_parts) load_four(odd, mix, rest, first + RUN, num_parts);
-        merge_four(all, even, num_parts - first, single);
-        if (first + RUN >= num_parts) break;
-        if (first + 2 * RUN < num_parts) load_four(even, mix, rest, first + 2 * RUN, num_parts);
-        merge_four(all, odd, num_parts - first - RUN, single);
+    for (int first = -AHEAD; first < num_parts; first += RUN) {
+        u8* place = buffers + stage * (RUN * PART_SIZE);
+        Mixed four[RUN];
+        if (first >= 0) {
+            wait_copies<MERGED - 1>();
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < RUN; i++) four[i] = load_part(place + i * PART_SIZE, min(item, ITEMS - 1));
+            __syncwarp();
+        }
+#pragma unroll 1
+        for (int i = 0; i < RUN && first + AHEAD + i < num_parts && item < ITEMS; i++, place += PART_SIZE) {
+            const u8* from = parts + (u64)(u32)(first + AHEAD + i) * PART_SIZE;
+            copy_async(place + mix, from + mix);
+            if (lane == i) copy_async(place + rest, from + rest);
+        }
+        commit_copies();
+        stage = stage < MERGED - 1 ? stage + 1 : 0;
+        if (first >= 0) merge_four(all, four, num_parts - first, single);
     }
     return all;
 }
@@ -425,84 +461,140 @@ DEVICE bool is_last_block(DecodeShared& s, int* counter, int num_blocks) {
     return s.is_last;
 }
 
-// The parts y, y + SPREAD, ... of one token of a slot, its row of `active` being blockIdx.z: a part is a segment,
-// or a run if they are many. The block that has the last part stores the token's key and value; the last block to
-// finish merges.
+// What a warp of attend_decode does: segments `first` to `end` of a row, which has `blocks` blocks. A part is
+// 1 << shift segments. `page` is where the warp's keys of the first segment lie. An idle block's `first` is its `end`.
+struct alignas(16) Plan {
+    int row, slot, position, first, end, blocks, shift, page;
+};
+
+DEVICE Plan load_plan(const Plan* plan) {
+    int4 a = __ldg((const int4*)plan), b = __ldg((const int4*)plan + 1);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
+
+// The nth block's share of a row, in parts of `length` segments.
+DEVICE Plan share_of(int row, int slot, int position, int nth, int blocks, int length) {
+    int segments = position / KEYS + 1, parts = (segments + length - 1) / length;
+    int shift = length == 1 && blocks > 1 ? 0 : 2;
+    int first = nth * parts / blocks * length, end = min((nth + 1) * parts / blocks * length, segments);
+    return {row, slot, position, first, end, blocks, shift, 0};
+}
+
+// All rows' parts are shared out evenly among DECODE_BLOCKS blocks; a block has but one row, so that there are up to
+// one more for each row. A part is a run, or a segment: then there are more blocks for few segments, and more to merge.
+KERNEL(32, 1)
+plan_decode(const int* active, const int* positions, const int* tables, const int* count, Plan* plans) {
+    int lane = threadIdx.x, num_rows = __ldg(count), nth = blockIdx.x, segments = 0, runs = 0, most = 0;
+#pragma unroll 1
+    for (int row = lane; row < num_rows; row += 32) {
+        int own = __ldg(positions + __ldg(active + row)) / KEYS + 1;
+        segments += own, runs += (own + RUN - 1) / RUN, most = max(most, own);
+    }
+#pragma unroll 1
+    for (int offset = 16; offset; offset /= 2) {
+        segments += __shfl_xor_sync(ALL_LANES, segments, offset), runs += __shfl_xor_sync(ALL_LANES, runs, offset);
+        most = max(most, __shfl_xor_sync(ALL_LANES, most, offset));
+    }
+    bool single = segments <= DECODE_BLOCKS || (segments <= 2 * DECODE_BLOCKS && most <= FEW_SEGMENTS);
+    int length = single ? 1 : RUN, share = ((single ? segments : runs) + DECODE_BLOCKS - 1) / DECODE_BLOCKS;
+    Plan plan = {};
+#pragma unroll 1
+    for (int first = 0; first < num_rows && plan.end == 0; first += 32) {
+        int row = min(first + lane, num_rows - 1), slot = __ldg(active + row), position = __ldg(positions + slot);
+        int own = position / KEYS + 1, parts = (own + length - 1) / length;
+        // a run and a bit are not worth a second block
+        int blocks = !single && own <= RUN * share + 1 ? 1 : (parts + share - 1) / share;
+        int end = first + lane < num_rows ? blocks : 0;
+#pragma unroll 1
+        for (int offset = 1; offset < 32; offset *= 2) {
+            int before = __shfl_up_sync(ALL_LANES, end, offset);
+            end += lane >= offset ? before : 0;
+        }
+        u32 later = __ballot_sync(ALL_LANES, end > nth);
+        int from = later ? __ffs(later) - 1 : 31, mine = nth - end + blocks;
+        auto of = [&](int number) { return __shfl_sync(ALL_LANES, number, from); };
+        if (later) plan = share_of(of(row), of(slot), of(position), of(mine), of(blocks), length);
+        nth -= of(end);
+    }
+    if (lane >= WARPS) return;
+    int page = (KEYS * plan.first + KEYS / WARPS * lane) / PAGE_LENGTH;
+    plan.page = __ldg(tables + plan.slot * P + min(page, P - 1));
+    plans[WARPS * blockIdx.x + lane] = plan;
+}
+
+// A token's only block has all parts merged, otherwise the last of its blocks to finish merges them.
+DEVICE void finish_token(DecodeShared& s, const Token& token, const Plan& plan, const Running& all, const float* parts,
+                         int* counters, i8* codes, float* scales) {
+    if (plan.blocks == 1) {
+        __syncthreads();
+        store_part((float*)s.buffers, all);
+        __syncthreads();
+    } else if (!is_last_block(s, counters + token.row * K + token.kv_head, plan.blocks)) {
+        return;
+    }
+    int num_parts = (token.position / KEYS >> plan.shift) + 1;
+#pragma unroll 1
+    for (int item = threadIdx.x; item - (int)(threadIdx.x & 31) < ITEMS; item += THREADS) {
+        Mixed mixed = plan.blocks == 1 ? load_part((const u8*)s.buffers, min(item, ITEMS - 1))
+                                       : merge_parts(s, (const u8*)parts, num_parts, plan.shift == 0, item);
+        store_codes(token, mixed, item, codes, scales);
+    }
+}
+
+// A block's segments of one token. The block that has the last one stores the token's key and value in their page.
 KERNEL(THREADS, 2)
 attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const float* cosines, const float* sines,
-              const int* active, const int* positions, const int* tables, const int* count, const u16*, const u16*,
-              const int*, i8* codes, float* scales, u16* keys, u16* values, int* counters, float* parts) {
+              const Plan* plans, const int* tables, const u16*, const u16*, const int*, i8* codes, float* scales,
+              u16* keys, u16* values, int* counters, float* parts) {
     extern __shared__ __align__(16) u8 shared[];
     DecodeShared& s = *(DecodeShared*)shared;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, kv_head = blockIdx.x, part = blockIdx.y, row = blockIdx.z;
-    int layer = launch_number<SHARED_SIZE>(), slot = __ldg(active + row), num_rows = __ldg(count);
-    // all slots' numbers at once, if they are few: the slot is still on its way
-    constexpr bool FEW = NUM_SLOTS <= 32;
-    int some_slot = min(lane, NUM_SLOTS - 1), page = (KEYS * part + 16 * warp) / PAGE_LENGTH;
-    int position = FEW ? __ldg(positions + some_slot) : 0;
-    int first_page = FEW && ONE_PAGE ? __ldg(tables + some_slot * P + page) : 0;
-    copy_token(s, qkv, row, kv_head);
-    const int* table = tables + slot * P;
-    position = FEW ? __shfl_sync(ALL_LANES, position, slot) : __ldg(positions + slot);
-    // a part is a segment, or a run of 4
-    int last = position / KEYS, shift = last < 2 * SPREAD ? 0 : 2, last_part = last >> shift, segment = part << shift;
-    if (FEW) first_page = __shfl_sync(ALL_LANES, first_page, slot);
-    if (row >= num_rows || part > last_part) return;
-    if (!FEW || !ONE_PAGE || shift > 0) first_page = -1;
-    Token token = {row, kv_head, position, table};
+    int kv_head = blockIdx.x, layer = launch_number<SHARED_SIZE>(), place = 0;
+    Plan plan = load_plan(plans + WARPS * blockIdx.y + (threadIdx.x >> 5));
+    int position = plan.position, segment = plan.first, end = plan.end, page = plan.page;
+    if (segment >= end) return;
+    Token token = {plan.row, kv_head, position, tables + plan.slot * P};
     keys += layer_start(layer), values += layer_start(layer);
-    parts += ((u64)row * K + kv_head) * NUM_SEGMENTS * PART_FLOATS;
-    bool is_first = true, is_owner = (u32)last_part % SPREAD == (u32)part;
-    Running run = no_segment();
+    parts += ((u64)token.row * K + kv_head) * NUM_SEGMENTS * PART_FLOATS;
+    copy_token(s, token, qkv, q_norm + layer * H, k_norm + layer * H, cosines, sines);
+    copy_segment(s, token, keys, values, segment, end, place, page);
+    int next_page = page_of(token, segment + 1);
+    wait_copies<2>();
+    __syncthreads();
+    prepare_token(s, KEYS * end > position);
+    __syncthreads();
+    Running run = no_segment(), all = no_segment();
 #pragma unroll 1
-    while (true) {
-        int start = KEYS * segment, known = position - start, at = 0;
-        if (ONE_PAGE) {
-            int there = start + 16 * warp;
-            if (first_page < 0) first_page = __ldg(table + there / PAGE_LENGTH);
-            at = first_page * PAGE_LENGTH + there % PAGE_LENGTH;
-            first_page = -1;
-        }
-        copy_rows(s.keys, keys, table, at, start, 16 * warp, position, kv_head);
-        commit_copies();
-        copy_rows(s.values, values, table, at, start, 16 * warp, position, kv_head);
-        commit_copies();
-        if (is_first) {
-            Angles angles = load_angles(cosines, sines, position);
-            const Head norms[2] = {load_head(q_norm + layer * H), load_head(k_norm + layer * H)};
-            wait_copies<2>();
-            prepare_token(s, norms, angles, is_owner ? G + 2 : G);
-            __syncthreads();
-            if (is_owner) store_token(s, token, keys, values);
-            is_first = false;
-        }
+    while (segment < end) {
+        int known = position - KEYS * segment, next_place = around(place + 2);
+        u8 *own_keys = s.buffers[place], *own_values = s.buffers[around(place + 1)];
         wait_copies<1>();
-        insert_token(s.keys, s.fresh, known);
-        float mix[COLUMNS][4] = {}, sum[4] = {}, highest[2];
-        share_segment(s, min(known + 1, KEYS), highest);
-        wait_copies<0>();
-        insert_token(s.values, s.fresh + ROW, known);
+        insert_token(own_keys, keys, s.fresh, token, known, page);
+        float scores[2][4] = {};
+        score_segment(s, own_keys, min(known + 1, KEYS), scores);
         __syncthreads();
-        mix_segment(s, mix, sum);
-        merge_segment(run, mix, sum, highest);
-        segment++;
-        if (segment > last || (segment & ((1 << shift) - 1)) == 0) {
-            store_part(last > 0 ? parts + (u64)part * PART_FLOATS : (float*)s.keys, run);
-            run = no_segment();
-            part += SPREAD;
-            if (part > last_part) break;
-            segment = part << shift;
+        // this warp has its scores, and all have mixed the values before
+        if (BUFFERS == 3) copy_segment(s, token, keys, values, segment + 1, end, next_place, next_page);
+        Running next = {};
+        share_segment(s, scores, next.highest);
+        wait_copies<2 * (BUFFERS - 2)>();
+        insert_token(own_values, values, s.fresh + ROW, token, known, page);
+        __syncthreads();
+        mix_segment(s, own_values, next);
+        merge_rows(run, next);
+        segment++, place = next_place;
+        if (BUFFERS == 2) {
+            __syncthreads();
+            copy_segment(s, token, keys, values, segment, end, place, next_page);
         }
-        __syncthreads();
+        page = next_page, next_page = page_of(token, segment + 1);
+        if ((segment & ((1 << plan.shift) - 1)) > 0 && segment < end) continue;
+        if (plan.blocks == 1)
+            merge_rows(all, run);
+        else
+            store_part(parts + (u64)(u32)((segment - 1) >> plan.shift) * PART_FLOATS, run);
+        run = no_segment();
     }
-    if (last == 0)
-        __syncthreads();
-    else if (!is_last_block(s, counters + row * K + kv_head, min(last_part + 1, SPREAD)))
-        return;
-    const float* from = last > 0 ? parts : (const float*)s.keys;
-#pragma unroll 1
-    for (int item = threadIdx.x; item - lane < ITEMS; item += THREADS)
-        store_codes(token, merge_parts(from, last_part + 1, shift == 0, min(item, ITEMS - 1)), item, codes, scales);
+    finish_token(s, token, plan, all, parts, counters, codes, scales);
 }
 
 // ------------------------------------------------------------------------------------------------- many tokens

@@ -29,10 +29,12 @@ _WARPS = 8
 _QUERY_ROWS, _STAGES = 128, 2
 _FEW_QUERY_ROWS, _FEW_STAGES = 64, 1
 _LARGE_SHARED = ("9.0", "10.0", "10.3")
+# Of a segment's keys or values, what a block of decode has on their way or in use at once.
+_BUFFERS, _FEW_BUFFERS = 3, 2
 _GROUP = 32  # numbers that share a scale
-# Blocks of a launch that serves tokens, and those that one token and key head has of them.
-_BLOCKS = 256
-_LEAST_SPREAD, _HIGHEST_SPREAD = 4, 64
+_BLOCKS = 264  # of decode that run at once: two on each of the 132 multiprocessors of an H200
+
+_Macros = dict[str, int | float | str]
 
 
 def attend_decode(
@@ -60,26 +62,37 @@ def attend_decode(
     [B, N * H / 32, 2], the scale and scale * sum of the codes, beside keys, values and counters; rows past
     `count` are not written.
     """
-    num_rows, num_segments = qkv.shape[0], _num_segments(keys, tables)
+    num_rows, num_segments, num_kv_heads = qkv.shape[0], _num_segments(keys, tables), config.num_kv_heads
     width = config.num_heads * config.head_dim
-    group = config.num_heads // config.num_kv_heads
-    spread = min(num_segments, _spread(num_rows * config.num_kv_heads))
-    assert counters.shape[0] >= num_rows * config.num_kv_heads
-    parts = (num_rows, config.num_kv_heads, num_segments, group, config.head_dim + 4)
+    macros = _macros(config, keys, tables)
+    plans = _plan(active, positions, tables, count, macros)
+    assert counters.shape[0] >= num_rows * num_kv_heads
+    parts = (num_rows, num_kv_heads, num_segments, config.num_heads // num_kv_heads, config.head_dim + 4)
     outputs = [*_rounded_shapes(num_rows, width), *map(_shape_of, (keys, values, counters))]
     codes, scales, keys, values, counters, _ = ptx.launch(
         _FILE,
         "attend_decode",
-        {**_macros(config, keys, tables), "SPREAD": spread},
-        (qkv, q_norm, k_norm, cos, sin, active, positions, tables, count, keys, values, counters),
+        macros,
+        (qkv, q_norm, k_norm, cos, sin, plans, tables, keys, values, counters),
         [*outputs, jax.ShapeDtypeStruct(parts, jnp.float32)],
-        grid=(config.num_kv_heads, spread, num_rows),
+        grid=(num_kv_heads, plans.shape[0], 1),
         threads=_THREADS,
         shared_size=decode_shared_size(config),
         number=layer,
-        aliases={9: 2, 10: 3, 11: 4},
+        aliases={7: 2, 8: 3, 9: 4},
     )
     return codes, scales, keys, values, counters
+
+
+def _plan(active: Array, positions: Array, tables: Array, count: Array, macros: _Macros) -> Array:
+    """What each warp of each of a key head's blocks of `attend_decode` does: `struct Plan` of attention.cu.
+
+    It is the same in all layers: the compiler keeps one of the equal calls.
+    """
+    blocks = int(macros["DECODE_BLOCKS"]) + active.shape[0]
+    output = jax.ShapeDtypeStruct((blocks, _WARPS, 8), jnp.int32)
+    arrays = active, positions, tables, count
+    return ptx.launch(_FILE, "plan_decode", macros, arrays, [output], grid=(blocks, 1, 1), threads=32)[0]
 
 
 def prepare(
@@ -145,8 +158,8 @@ def decode_shared_size(config: ModelConfig) -> int:
     """Bytes of `DecodeShared`: keys, values, shares, queries, the token's own, highest scores, a flag."""
     row_size = 2 * config.head_dim
     rows = 8 if config.num_heads <= 8 * config.num_kv_heads else 16
-    incoming = 4 * config.head_dim * (config.num_heads // config.num_kv_heads + 2)
-    size = 2 * SEGMENT_LENGTH * row_size + 16 * row_size + max(16 * 2 * SEGMENT_LENGTH, incoming)
+    incoming = 4 * config.head_dim * (config.num_heads // config.num_kv_heads + 5)
+    size = _buffers() * SEGMENT_LENGTH * row_size + 16 * row_size + max(16 * 2 * SEGMENT_LENGTH, incoming)
     return size + 2 * row_size + rows * 4 * _WARPS + 4
 
 
@@ -157,21 +170,22 @@ def prefill_shared_size(config: ModelConfig) -> int:
     return stages * 2 * SEGMENT_LENGTH * row_size + rows * 2 * row_size
 
 
-def variants(config: ModelConfig) -> Iterator[tuple[str, str, dict[str, int | float | str], int]]:
+def variants(config: ModelConfig) -> Iterator[tuple[str, str, _Macros, int]]:
     """Every (file, kernel, macros, bytes of shared memory) of this network, as for a cache of usual size."""
     shape = (config.num_layers, 4096, 64, config.num_kv_heads, config.head_dim)
     keys = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     tables = jax.ShapeDtypeStruct((8, 512), jnp.int32)
     sizes = {
+        "plan_decode": 0,
         "attend_decode": decode_shared_size(config),
         "prepare": 0,
         "attend_prefill": prefill_shared_size(config),
     }
     for name, size in sizes.items():
-        yield _FILE, name, {**_macros(config, keys, tables), "SPREAD": _LEAST_SPREAD}, size
+        yield _FILE, name, _macros(config, keys, tables), size
 
 
-def _macros(config: ModelConfig, keys: Any, tables: Any) -> dict[str, int | float | str]:
+def _macros(config: ModelConfig, keys: Any, tables: Any) -> _Macros:
     _, num_pages, page_length, num_kv_heads, head_dim = keys.shape
     assert keys.dtype == jnp.bfloat16, f"the kernels' cache is bfloat16, not {keys.dtype}"
     rows, stages = _query_rows()
@@ -182,31 +196,34 @@ def _macros(config: ModelConfig, keys: Any, tables: Any) -> dict[str, int | floa
         "EPS": float(config.norm_eps),
         "PAGE_LENGTH": page_length,
         "NUM_PAGES": num_pages,
-        "NUM_SLOTS": tables.shape[0],
         "TABLE_LENGTH": tables.shape[1],
         "NUM_SEGMENTS": _num_segments(keys, tables),
         "QUERY_ROWS": rows,
         "STAGES": stages,
+        "BUFFERS": _buffers(),
+        "DECODE_BLOCKS": max(1, _BLOCKS // num_kv_heads),
     }
 
 
 def _query_rows() -> tuple[int, int]:
     """A block's queries in prefill, and the segments on their way at once."""
+    return (_QUERY_ROWS, _STAGES) if _has_large_shared() else (_FEW_QUERY_ROWS, _FEW_STAGES)
+
+
+def _buffers() -> int:
+    return _BUFFERS if _has_large_shared() else _FEW_BUFFERS
+
+
+def _has_large_shared() -> bool:
     if jax.default_backend() != "gpu":
-        return _QUERY_ROWS, _STAGES
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return (_QUERY_ROWS, _STAGES) if capability in _LARGE_SHARED else (_FEW_QUERY_ROWS, _FEW_STAGES)
+        return True
+    return str(getattr(jax.devices()[0], "compute_capability", "")) in _LARGE_SHARED
 
 
 def _num_segments(keys: Any, tables: Any) -> int:
     segments, rest = divmod(tables.shape[1] * keys.shape[2], SEGMENT_LENGTH)
     assert rest == 0, "a table covers whole segments"
     return segments
-
-
-def _spread(num_heads: int) -> int:
-    """Blocks for each of all rows' key heads."""
-    return max(_LEAST_SPREAD, min(_HIGHEST_SPREAD, _BLOCKS // num_heads))
 
 
 def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
