@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from itertools import accumulate, cycle, islice
+from itertools import accumulate, chain, cycle, islice, takewhile
 from typing import Any
 
 from tools.client import Reply, StreamRecord
@@ -18,6 +18,7 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "emoji": lambda text: any(ord(character) >= 0x1F300 for character in text),
     "CJK": lambda text: any(0x4E00 <= ord(character) <= 0x9FFF for character in text),
 }
+MORE_TEXTS = 24
 WRITE_ALL_KINDS = "Write one line in Chinese, one line of emoji and one line in English: "
 
 
@@ -25,7 +26,8 @@ async def exact_text(trial: Trial) -> str:
     """SERVING_001: streamed and whole text are the same, and are what the ids spell."""
     seen: set[str] = set()
     held = texts = 0
-    for prompt, fields in _writings(trial):
+    more = takewhile(lambda _: set(KINDS) - seen, _spelt_by_chance(trial))
+    for prompt, fields in chain(_writings(trial), more):
         record, reply = await _both(trial, prompt, **fields)
         trial.expect(reply.text == record.text, "text_equal", _first_difference(record.text, reply.text))
         _expect_spelt(trial, record)
@@ -66,6 +68,15 @@ def _writings(trial: Trial) -> Iterator[tuple[str, Fields]]:
         for seed, ids in enumerate(_forced_ids(trial.target.vocabulary)):
             forced = {"logit_bias": {str(token_id): 100 for token_id in ids}}
             yield trial.target.text_of(16), {**sampled, **forced, "seed": seed}
+
+
+def _spelt_by_chance(trial: Trial) -> Iterator[tuple[str, Fields]]:
+    """Texts of nothing but the four bytes of an emoji, in any order: one place in 256 starts a whole one."""
+    ids = [] if trial.target.vocabulary is None else trial.target.vocabulary.byte_ids("\U0001f600")
+    sampled: Fields = {"temperature": 1, "max_tokens": trial.limits["max_tokens"], "to_limit": True}
+    for seed in range(1, MORE_TEXTS if ids else 0):
+        forced = {"logit_bias": {str(token_id): 100 for token_id in ids}}
+        yield trial.target.text_of(16), {**sampled, **forced, "seed": seed}
 
 
 def _forced_ids(vocabulary: Vocabulary) -> list[list[int]]:
