@@ -147,17 +147,19 @@ class Attention(nnx.Module):
             y = self.output.apply(lambda w, i: matmul(flat, w, (i,), rows.num_rows), layer)
         return y, cache
 
-    def with_kernels(
+    def qkv_with_kernels(self, inputs: Rounded | Row, count: Array, layer: int) -> Array:
+        """Queries, keys and values of all heads, side by side [T, (N + 2K) * H]; count int32 [1]."""
+        return kernel_product("qkv", inputs, (self.q, self.k, self.v), layer, count)
+
+    def mix_with_kernels(
         self,
-        inputs: Rounded | Row,
-        x: Array,
+        qkv: Array,
         cache: KVCache,
         places: DecodePlaces | PrefillPlaces,
         counters: Array,
         layer: int,
-    ) -> tuple[Array, KVCache, Array]:
-        """x [T, D] plus attention over `inputs`, which are x normed; the cache and counters are updated."""
-        qkv = kernel_product("qkv", inputs, (self.q, self.k, self.v), layer, places.count)
+    ) -> tuple[Rounded, KVCache, Array]:
+        """Attention [T, N * H] of `qkv`, before its output matrix; the cache and counters are updated."""
         weights = self.q_norm.weight[...], self.k_norm.weight[...], self.cos[...], self.sin[...]
         if isinstance(places, DecodePlaces):
             codes, scales, keys, values, counters = kernel_attention.attend_decode(
@@ -172,9 +174,11 @@ class Attention(nnx.Module):
             codes, scales = kernel_attention.attend_prefill(
                 q, where, tables, keys, values, config=self.config, layer=layer
             )
-        mixed = Rounded(codes, scales)
-        x = kernel_product("attn_output", mixed, (self.output,), layer, places.count, residual=x)
-        return x, KVCache(keys, values), counters
+        return Rounded(codes, scales), KVCache(keys, values), counters
+
+    def output_with_kernels(self, mixed: Rounded, x: Array, count: Array, layer: int) -> Array:
+        """x [T, D] plus `mixed` times the output matrix."""
+        return kernel_product("attn_output", mixed, (self.output,), layer, count, residual=x)
 
     def _project(self, x: Array, weight: StackedWeight, rows: Rows, layer: Array) -> Array:
         y = weight.apply(lambda w, i: matmul(x, w, (i,), rows.num_rows), layer)

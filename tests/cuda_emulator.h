@@ -1,5 +1,6 @@
 // What the kernels need of CUDA, on a CPU: each block's threads are fibers of one thread, which give way to each
-// other only where a kernel waits (barriers and warp operations). emulator.py compiles a kernel behind this file.
+// other only where a kernel waits (barriers and warp operations). Blocks run one after another, and by turns where
+// one waits for others (let_others_run). emulator.py compiles a kernel behind this file.
 #pragma once
 #include <math.h>
 #include <pthread.h>
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -98,9 +100,9 @@ emulator_switch:
 
 namespace emulator {
 
-enum Wait { RUNNING, BARRIER, SHUFFLE, VOTE, SYNCWARP, MMA, LDMATRIX, RETURNED };
-static const char* const WAIT_NAMES[] = {"nothing", "__syncthreads", "a shuffle",       "a vote",
-                                         "__syncwarp", "a mma", "load_transposed", "its end"};
+enum Wait { RUNNING, BARRIER, SHUFFLE, VOTE, SYNCWARP, MMA, LDMATRIX, BLOCKS, RETURNED };
+static const char* const WAIT_NAMES[] = {"nothing", "__syncthreads",   "a shuffle",    "a vote", "__syncwarp",
+                                         "a mma",   "load_transposed", "other blocks", "its end"};
 static const int MAX_THREADS = 1024;
 static const size_t STACK_SIZE = 128 * 1024 + 320;  // not a power of two: the tops must not share a cache set
 
@@ -145,7 +147,19 @@ struct Launch {
     char* stacks;
     char* message;
     uint64_t message_size;
+    uint64_t num_stacks;
     uint64_t code_address;  // out: where it failed, relative to the library; 0 unknown
+};
+
+// A block that waits for others, as it was left.
+struct Block {
+    long number;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<char> shared;
+    int num_at_barrier, num_returned;
+
+    explicit Block(int num_threads) : fibers(num_threads), warps((num_threads + 31) / 32) {}
 };
 
 EMULATOR_STATE Fiber* fibers = nullptr;
@@ -156,7 +170,8 @@ EMULATOR_STATE void* abandoned = nullptr;
 EMULATOR_STATE void** parameters = nullptr;
 EMULATOR_STATE Launch* launch = nullptr;
 EMULATOR_STATE uint32_t ready_warps = 0;
-EMULATOR_STATE int num_threads = 0, num_at_barrier = 0, num_returned = 0;
+EMULATOR_STATE int num_threads = 0, num_at_barrier = 0, num_returned = 0, num_at_blocks = 0;
+EMULATOR_STATE int num_steps = 0;  // that blocks made beside waiting for each other
 EMULATOR_STATE bool failed = false;
 EMULATOR_STATE pthread_t runner = 0;
 EMULATOR_STATE char* fault_address = nullptr;
@@ -187,7 +202,7 @@ static const char* base_name(const char* path) {
 #define EMULATOR_FAIL(...) (emulator::say_where(), emulator::say(__VA_ARGS__), emulator::leave())
 
 // Every thread waits or has returned, and nothing can go on.
-[[noreturn]] static void stuck() {
+static void say_stuck() {
     say("deadlock in block (%u, %u, %u):", blockIdx.x, blockIdx.y, blockIdx.z);
     const char* separator = " ";
     std::vector<bool> told(num_threads, false);
@@ -206,6 +221,9 @@ static const char* base_name(const char* path) {
                 WAIT_NAMES[fibers[i].wait], base_name(fibers[i].file), fibers[i].line, i);
         separator = "; ";
     }
+}
+[[noreturn]] static void stuck() {
+    say_stuck();
     leave();
 }
 
@@ -216,6 +234,10 @@ static void run_next() {
     Fiber& from = *running;
     int w = from.warp;
     if (!warps[w].ready) {
+        if (!ready_warps && num_at_blocks) {
+            emulator_switch(&from.stack, main_stack);
+            return;
+        }
         if (!ready_warps) stuck();
         w = pick(ready_warps);
     }
@@ -241,9 +263,16 @@ static void open_barrier() {
 }
 __attribute__((noinline)) static void barrier(int line, const char* file) {
     running->wait = BARRIER, running->line = line, running->file = file;
-    num_at_barrier++;
+    num_at_barrier++, num_steps++;
     open_barrier();
     if (running->wait == BARRIER) run_next();
+}
+
+// The thread looks again when other blocks have run.
+__attribute__((noinline)) static void wait_for_blocks(int line, const char* file) {
+    running->wait = BLOCKS, running->line = line, running->file = file;
+    num_at_blocks++;
+    run_next();
 }
 
 // A warp operation: the last lane to come does `finish` for all.
@@ -251,6 +280,7 @@ template <class Finish> static inline void meet(Wait kind, int line, const char*
     Fiber& me = *running;
     Warp& warp = warps[me.warp];
     me.line = line, me.file = file;
+    num_steps++;
     if (warp.waiting && warp.kind != kind)
         EMULATOR_FAIL("is at %s in %s:%d while other lanes of its warp wait at %s", WAIT_NAMES[kind],
                       base_name(file), line, WAIT_NAMES[warp.kind]);
@@ -326,22 +356,26 @@ static void fiber_main() {
     open_barrier();
     run_next();
 }
-static void prepare_fiber(int i) {
+static void prepare_fiber(int i, int place) {
     Fiber& fiber = fibers[i];
     fiber.index = i, fiber.warp = i / 32, fiber.lane = i % 32;
     fiber.parity = 0, fiber.wait = RUNNING, fiber.groups = 0;
     fiber.copies.clear();
-    void** top = (void**)((uintptr_t)(launch->stacks + (i + 1) * STACK_SIZE - 64) & ~(uintptr_t)15);
+    void** top = (void**)((uintptr_t)(launch->stacks + ((long)place * num_threads + i + 1) * STACK_SIZE - 64) & ~(uintptr_t)15);
     *--top = nullptr;  // where fiber_main would return to
     *--top = (void*)fiber_main;
     for (int j = 0; j < 6; j++) *--top = nullptr;
     fiber.stack = top;
 }
-static void poison_shared() {
+// Shared memory lies in three pieces: before the dynamic part, that part with its guard, behind it.
+struct Piece {
+    char* start;
+    size_t size;
+};
+static std::vector<Piece> shared_pieces() {
     char* dynamic = (char*)emulator_dynamic_shared;
-    memset(__bss_start, 0xFF, dynamic - __bss_start);
-    memset(dynamic + EMULATOR_SHARED_LIMIT, 0xFF, _end - (dynamic + EMULATOR_SHARED_LIMIT));
-    memset(dynamic, 0xFF, launch->shared_size + 1024);
+    char* behind = dynamic + EMULATOR_SHARED_LIMIT;
+    return {{__bss_start, size_t(dynamic - __bss_start)}, {dynamic, size_t(launch->shared_size + 1024)}, {behind, size_t(_end - behind)}};
 }
 static void check_shared_guard() {
     const unsigned char* guard = emulator_dynamic_shared + launch->shared_size;
@@ -352,11 +386,17 @@ static void check_shared_guard() {
             failed = true;
         }
 }
-static void run_block() {
-    num_at_barrier = num_returned = 0;
+static void set_block(Block& block) {
+    long x = launch->grid[0], y = launch->grid[1], number = block.number;
+    blockIdx = {(unsigned)(number % x), (unsigned)(number / x % y), (unsigned)(number / x / y)};
+    fibers = block.fibers.data(), warps = block.warps.data();
+}
+static void begin_block(Block& block, int place) {
+    set_block(block);
+    num_at_barrier = num_returned = num_at_blocks = 0;
     ready_warps = 0;
-    poison_shared();
-    for (int i = 0; i < num_threads; i++) prepare_fiber(i);
+    for (const Piece& piece : shared_pieces()) memset(piece.start, 0xFF, piece.size);
+    for (int i = 0; i < num_threads; i++) prepare_fiber(i, place);
     for (int w = 0; w * 32 < num_threads; w++) {
         int lanes = num_threads - w * 32;
         warps[w].all = lanes >= 32 ? 0xffffffffu : (1u << lanes) - 1;
@@ -364,23 +404,80 @@ static void run_block() {
         warps[w].waiting = 0;
         ready_warps |= 1u << w;
     }
+}
+// Runs the block until it ends or waits for others; whether it has ended.
+static bool run_block() {
     Fiber outside = {};
     outside.warp = pick(ready_warps);
     int lane = pick(warps[outside.warp].ready);
     warps[outside.warp].ready &= ~(1u << lane);
     if (!warps[outside.warp].ready) ready_warps &= ~(1u << outside.warp);
     running = &fibers[outside.warp * 32 + lane];
+    running->wait = RUNNING;
     threadIdx.x = running->index;
     emulator_switch(&main_stack, running->stack);
-    if (!failed) check_shared_guard();
+    if (failed || num_returned < num_threads) return false;
+    check_shared_guard();
+    return true;
 }
-static void run_grid() {
-    long x = launch->grid[0], y = launch->grid[1], z = launch->grid[2], count = x * y * z;
-    for (long i = 0; i < count && !failed; i++) {
-        long block = launch->reversed ? count - 1 - i : i;
-        blockIdx = {(unsigned)(block % x), (unsigned)(block / x % y), (unsigned)(block / x / y)};
-        run_block();
+static void leave_block(Block& block) {
+    block.num_at_barrier = num_at_barrier, block.num_returned = num_returned;
+    block.shared.clear();
+    for (const Piece& piece : shared_pieces()) block.shared.insert(block.shared.end(), piece.start, piece.start + piece.size);
+}
+static void enter_block(Block& block) {
+    set_block(block);
+    num_at_barrier = block.num_at_barrier, num_returned = block.num_returned, num_at_blocks = 0;
+    const char* from = block.shared.data();
+    for (const Piece& piece : shared_pieces()) memcpy(piece.start, from, piece.size), from += piece.size;
+    ready_warps = 0;
+    for (int i = 0; i < num_threads; i++)
+        if (fibers[i].wait == BLOCKS) warps[i / 32].ready |= 1u << (i % 32), ready_warps |= 1u << (i / 32);
+}
+// Lets the waiting blocks go on, each in turn, until all have ended.
+static void run_waiting(std::vector<std::unique_ptr<Block>> waiting) {
+    static const int MOST_IDLE_TURNS = 8;
+    for (int idle = 0; !waiting.empty(); idle++) {
+        int before = num_steps;
+        std::vector<std::unique_ptr<Block>> still;
+        for (std::unique_ptr<Block>& block : waiting) {
+            enter_block(*block);
+            if (run_block()) {
+                num_steps++;
+                continue;
+            }
+            if (failed) return;
+            leave_block(*block);
+            still.push_back(std::move(block));
+        }
+        waiting = std::move(still);
+        if (num_steps != before) idle = 0;
+        if (idle > MOST_IDLE_TURNS) {
+            say_stuck();
+            failed = true;
+            return;
+        }
     }
+}
+// One block after the other; those that wait for others go on by turns.
+static void run_grid() {
+    long count = (long)launch->grid[0] * launch->grid[1] * launch->grid[2];
+    std::vector<std::unique_ptr<Block>> waiting;
+    std::unique_ptr<Block> block;
+    for (long i = 0; i < count && !failed; i++) {
+        if ((waiting.size() + 1) * num_threads > launch->num_stacks) {
+            say("%d blocks wait for others: more than are emulated", (int)waiting.size());
+            failed = true;
+            return;
+        }
+        if (!block) block.reset(new Block(num_threads));
+        block->number = launch->reversed ? count - 1 - i : i;
+        begin_block(*block, (int)waiting.size());
+        if (run_block() || failed) continue;
+        leave_block(*block);
+        waiting.push_back(std::move(block));
+    }
+    if (!failed) run_waiting(std::move(waiting));
 }
 
 // Each array lies at the end of pages of its own, between pages that cannot be touched.
@@ -490,7 +587,6 @@ static void begin(Launch* now) {
     launch->code_address = 0;
     failed = false, fault_address = nullptr;
     num_threads = launch->threads;
-    if (!fibers) fibers = new Fiber[MAX_THREADS], warps = new Warp[32];
     blockDim = {(unsigned)num_threads, 1, 1};
     gridDim = {(unsigned)launch->grid[0], (unsigned)launch->grid[1], (unsigned)launch->grid[2]};
 }
@@ -714,6 +810,7 @@ static inline double min(double x, double y) { return fmin(x, y); }
 static inline double max(double x, double y) { return fmax(x, y); }
 
 // ---------------------------------------------------------------- what common.cuh has as assembly
+static inline void let_others_run(EMULATOR_CALLER) { emulator::wait_for_blocks(line, file); }
 static inline uint32_t dynamic_shared_size() { return emulator::launch->shared_size + emulator::launch->number; }
 static inline float half_to_float(unsigned short bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;

@@ -1,9 +1,9 @@
 """Runs the CUDA kernels on a CPU: the same sources, compiled by g++ behind cuda_emulator.h.
 
-Threads are fibers; blocks run one after another. It finds: wrong results, deadlocks, accesses outside of an
-array, writes to an input, unaligned vector accesses, reads of shared memory that nobody wrote (NaN), missing
-waits for asynchronous copies, results that depend on the order of threads or blocks. It cannot find: races
-that neither order shows, waits for another block, and anything about speed.
+Threads are fibers; blocks run one after another, or by turns where they wait for each other. It finds: wrong
+results, deadlocks, accesses outside of an array, writes to an input, unaligned vector accesses, reads of
+shared memory that nobody wrote (NaN), missing waits for asynchronous copies, results that depend on the order
+of threads or blocks. It cannot find: races that neither order shows, and anything about speed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ COMPILE = (
     *("-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv", "-fno-ipa-reference", "-fno-exceptions"),
     *(CHECKS, "-fno-sanitize-recover=all", "-Wno-unknown-pragmas", "-Wno-attributes"),
 )
-STACKS_SIZE = 1024 * (128 * 1024 + 320)
+NUM_STACKS = 16 * 1024  # of threads that are under way together
+STACKS_SIZE = NUM_STACKS * (128 * 1024 + 320)
 
 _lock = threading.Lock()  # the fibers of all kernels share the stacks
 _stacks = mmap.mmap(-1, STACKS_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -80,6 +81,7 @@ class _Launch(ctypes.Structure):
         ("stacks", ctypes.c_void_p),
         ("message", ctypes.c_void_p),
         ("message_size", ctypes.c_uint64),
+        ("num_stacks", ctypes.c_uint64),
         ("code_address", ctypes.c_int64),
     )
 
@@ -189,6 +191,7 @@ def run_once(
         stacks=stacks,
         message=ctypes.addressof(message),
         message_size=len(message),
+        num_stacks=NUM_STACKS,
         **numbers,
     )
     if not library.run(ctypes.byref(launch)):

@@ -26,6 +26,9 @@ SOURCE = """
 #ifndef WAIT
 #define WAIT 1
 #endif
+#ifndef SILENT
+#define SILENT -1
+#endif
 KERNEL(256, 1) sums(const float* x, float* out) {
     __shared__ float parts[8];
     if (blockIdx.x == 1 && threadIdx.x >= 64) return;
@@ -81,6 +84,22 @@ KERNEL(64, 1) two_groups(const uint4* x, uint4* out) {
     out[1] = second;
     wait_copies<0>();
     out[2] = second;
+}
+// A block's word is its neighbour's and one of its own shared memory's.
+KERNEL(64, 1) relay(const u32*, u32* out) {
+    __shared__ u32 mine[64];
+    u32 block = blockIdx.x, before = 0;
+    mine[threadIdx.x] = threadIdx.x + block;
+    if (threadIdx.x >= 40) return;
+    __syncthreads();
+    if (threadIdx.x == 35 && block) {
+        while (!before) {
+            before = read_words(out + 4 * (block - 1)).x;
+            if (!before) let_others_run();
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 35 && block != SILENT) write_word(out + 4 * block, before + mine[31]);
 }
 KERNEL(64, 1) mistake(const int* x, int* out) {
     extern __shared__ __align__(16) u8 shared[];
@@ -193,6 +212,24 @@ def test_waits_count_groups_of_copies(run: Run) -> None:
     x = np.arange(8, dtype=np.uint32)
     found = run("two_groups", (3, 4), jnp.uint32, x)
     assert found.tolist() == [[0, 1, 2, 3], [0xFFFFFFFF] * 4, [0] * 4]
+
+
+def relayed(run: Run, **defines: int) -> list[int]:
+    zeros = np.zeros((4, 4), np.uint32)
+    options = {"grid": (4, 1, 1), "threads": 64, "aliases": {0: 0}, "defines": defines}
+    return run("relay", (4, 4), jnp.uint32, zeros, **options)[:, 0].tolist()
+
+
+def test_blocks_wait_for_each_other(run: Run) -> None:
+    assert relayed(run) == [31, 31 + 32, 31 + 32 + 33, 31 + 32 + 33 + 34]
+
+
+def test_blocks_that_wait_for_ever_are_reported(run: Run) -> None:
+    where = r"39 threads wait at __syncthreads .*; 1 threads wait at other blocks in emulated.cu:\d+"
+    with pytest.raises(
+        EmulatorError, match=rf"deadlock in block \(3, 0, 0\): {where}.*; 24 threads returned"
+    ):
+        relayed(run, SILENT=1)
 
 
 MISTAKES = {

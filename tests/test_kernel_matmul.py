@@ -168,6 +168,58 @@ def test_a_row_before_its_norm_has_the_bits_of_norm_and_product():
         assert_same_bits(one, other)
 
 
+@cache
+def eight_at_a_time(ggml_type):
+    """A weight, 64 rows of inputs, and their product by blocks of one tile of columns."""
+    w, inputs = random_weight(40, ggml_type, 2, 208, INPUTS), matmul.round_rows(random(41, 64, INPUTS))
+    parts = [matmul.Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8]) for i in range(0, 64, 8)]
+    return w, inputs, np.concatenate([attn_output(part, w) for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("ggml_type", "num_blocks", "number"),
+    [(G.Q4_K, 5, 17), (G.Q4_K, 1, 64), (G.Q6_K, 1, 33), (G.Q8_0, 5, 64), (G.F16, 1, 17)],
+)
+def test_blocks_of_several_tiles_give_the_same_bits(ggml_type, num_blocks, number, monkeypatch):
+    w, inputs, expected = eight_at_a_time(ggml_type)
+    count = number - number // 3
+    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: num_blocks)
+    defines = matmul._dense_launch("attn_output", first(inputs, number), [w], has_residual=True).defines
+    assert defines["ROW_TILES"] * defines["COLUMN_TILES"] > 1
+    found = attn_output(first(inputs, number), w, count)
+    assert_same_bits(found[:count], expected[:count])
+    assert_untouched(found[count:])
+
+
+@pytest.mark.parametrize(("number", "warps", "tiles"), [(16, 24, (1, 3, 2, 1)), (64, 3, (3, 1, 4, 2))])
+def test_two_formats_in_blocks_of_three_tiles_give_the_same_bits(number, warps, tiles, monkeypatch):
+    kinds, sizes = (G.Q4_K, G.Q4_K, G.Q6_K), (208, 80, 80)
+    weights = [random_weight(44 + i, kinds[i], 2, sizes[i], INPUTS) for i in range(3)]
+    inputs = matmul.round_rows(random(47, number, INPUTS))
+    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 10)
+    monkeypatch.setattr(matmul, "_DENSE_WARPS", warps)  # three have four units of work in turns
+    defines = matmul._dense_launch("qkv", inputs, weights).defines
+    assert tuple(defines[f"{x}_{y}"] for x in ("ROW", "COLUMN") for y in ("TILES", "GROUPS")) == tiles
+    found = np.asarray(matmul.dense("qkv", inputs, weights, count_of(number), index=INDEX))
+    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 1000)
+    for i in (0, number - 8):
+        part = matmul.Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8])
+        expected = matmul.dense("qkv", part, weights, count_of(8), index=INDEX)
+        assert_same_bits(found[i : i + 8], expected)
+
+
+@pytest.mark.parametrize(("ggml_type", "number"), [(G.Q4_K, 64), (G.Q6_K, 17), (G.Q8_0, 5), (G.MXFP4, 33)])
+def test_very_many_outputs_give_the_same_bits(ggml_type, number, monkeypatch):
+    w, inputs, expected = eight_at_a_time(ggml_type)
+    count = number - number // 3
+    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 1)  # so that a warp has two groups of rows
+    monkeypatch.setattr(matmul, "_MANY_OUTPUTS", 64)
+    assert "STREAM" in matmul._dense_launch("lm_head", first(inputs, number), [w]).defines
+    found = matmul.dense("lm_head", first(inputs, number), [w], count_of(count), index=INDEX)
+    assert_same_bits(found[:count], expected[:count])
+    assert_untouched(found[count:])
+
+
 def test_wide_and_narrow_blocks_give_the_same_bits(monkeypatch):
     w, inputs = random_weight(18, G.Q4_K, 2, OUTPUTS, INPUTS), matmul.round_rows(random(19, 128, INPUTS))
     assert matmul._many_columns(2, 128) == 32

@@ -91,7 +91,15 @@ def test_other_widths(width, num_rows):
     assert [a.tobytes() for a in alone] == [ids[-1:].tobytes(), weights[-1:].tobytes()]
 
 
-@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_one_row_is_routed_even_if_it_is_not_real():
+    (norm, w) = network()
+    for x in (random(5, 1, 512), np.full((1, 512), np.nan, np.float32)):
+        ids, _ = route(x, norm, w, 0)
+        assert len(set(ids[0].tolist())) == 3
+        assert 0 <= ids.min() <= ids.max() < 20
+
+
+@pytest.mark.parametrize("num_rows", [number for number in NUM_ROWS if number > 1])
 def test_rows_past_the_count_are_left_alone(num_rows):
     x, (norm, w) = random(5, num_rows, 512), network()
     count = num_rows // 2

@@ -234,6 +234,16 @@ def test_the_ptx_version_is_the_lowest_that_names_the_architecture(arch: str, as
     assert "does not support .target" in assemble(ptx._with_version(text, lower), arch).log
 
 
+def test_hints_of_newer_versions_are_left_out(assemble: Assemble) -> None:
+    hint = '\t.pragma "used_bytes_mask 4095";\n'
+    version = f".version {ptx._ptx_version('sm_90')}\n"
+    text = trial("sm_90").replace("\tret;", f"{hint}\tret;", 1)
+    assert "used_bytes_mask" in assemble(text, "sm_90").log
+    older = ptx._with_version(text, ptx._ptx_version("sm_90"))
+    assert version in older
+    assert assemble(older, "sm_90").accepted
+
+
 def test_only_the_named_kernel_is_left(monkeypatch: pytest.MonkeyPatch, assemble: Assemble) -> None:
     source = (
         '#include "common.cuh"\nKERNEL(32, 1) NAME(int* out) { __shared__ int a[32]; out[0] = a[out[1]]; }\n'

@@ -13,6 +13,7 @@ from on_device import PAGE_LENGTH, Forward, Player, ids_of
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import read_gguf
+from jaxmoe.kernels import layer, ptx
 from jaxmoe.model import Decoder
 from jaxmoe.request import SampledToken, SamplingParams
 from jaxmoe.step import Shapes, Steps, decode_with_kernels, prefill_with_kernels
@@ -196,3 +197,44 @@ def test_counters_are_zero_between_steps(steps: EagerSteps) -> None:
     for step in work:
         step()
         assert not np.any(steps._slots.counters)
+
+
+def decoded(
+    steps: EagerSteps, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[SampledToken], bytes, list[str]]:
+    """Tokens of one slot, keys and values, and the kernels of the last decode step."""
+    names: list[str] = []
+    launch = ptx.launch
+
+    def noted(file: str, name: str, *args: Any, **how: Any) -> Any:
+        names.append(name)
+        return launch(file, name, *args, **how)
+
+    player = Player(steps)
+    tokens = generate(player, prompt_of(5), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ptx, "launch", noted)
+        tokens += player.decode(0)
+    return tokens, rows_of(player, 0), names
+
+
+def test_one_launch_a_layer_gives_the_bits_of_many(
+    steps: EagerSteps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *fused, names = decoded(steps, monkeypatch)
+    num_layers = steps.config.num_layers
+    assert names.count("layer") == names.count("attend_decode") == num_layers
+    assert (names.count("qkv"), names.count("down")) == (1, 0)
+    supported = layer.is_supported
+    refusals = {
+        (2, 2): lambda weights: weights.following is not None,  # then the next layer has its own qkv
+        (1, 1): lambda weights: weights.following is None,
+        (0, 2): lambda weights: True,
+    }
+    for counts, refused in refusals.items():
+        monkeypatch.setattr(
+            layer, "is_supported", lambda w, config, no=refused: not no(w) and supported(w, config)
+        )
+        *separate, names = decoded(steps, monkeypatch)
+        assert (names.count("layer"), names.count("qkv")) == counts
+        assert separate == fused

@@ -95,6 +95,12 @@ def test_what_a_decode_step_reads() -> None:
     }
 
 
+def test_what_one_launch_a_layer_reads() -> None:
+    found = decode_sizes(CONFIG, SIZES, streams=1, context=1, itemsize=2)
+    # half of 35 for the first layer's qkv; the rest, and a quarter of the experts
+    assert (found["qkv"], found["layer"]) == (17.5, 17.5 + 7 + 4 + 560 / 4)
+
+
 def test_what_a_prefill_in_two_chunks_reads() -> None:
     found = prefill_sizes(CONFIG, SIZES, tokens=3, chunk=2, itemsize=2)
     assert found["qkv"] == 70

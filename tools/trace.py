@@ -155,7 +155,17 @@ def decode_sizes(
 ) -> dict[str, float]:
     """Bytes that each part reads in a decode step of so many streams with `context` tokens in the cache."""
     cache = streams * context * cache_row_size(config, itemsize)
-    return {**_unsized(), **part_sizes(weights, config, [streams]), "attend_decode": cache}
+    parts = part_sizes(weights, config, [streams])
+    if streams == 1:
+        parts |= _fused_sizes(parts, config.num_layers)
+    return {**_unsized(), **parts, "attend_decode": cache}
+
+
+def _fused_sizes(parts: Mapping[str, float], num_layers: int) -> dict[str, float]:
+    """Of one row where the kernel `layer` runs: it reads all but the first layer's qkv."""
+    first = parts["qkv"] / num_layers
+    fused = sum(parts[name] for name in ("qkv", "attn_output", "router", "gate_up", "down"))
+    return {"qkv": first, "layer": fused - first}
 
 
 def prefill_sizes(
@@ -170,7 +180,7 @@ def prefill_sizes(
 
 def _unsized() -> dict[str, float]:
     """Parts that read neither weights nor cache worth naming, so that their kernels are summed up."""
-    return dict.fromkeys(("norm_quantise", "combine", "group", "prepare", "sample"), 0.0)
+    return dict.fromkeys(("norm_quantise", "combine", "group", "plan_decode", "prepare", "sample"), 0.0)
 
 
 # --- Tracing.

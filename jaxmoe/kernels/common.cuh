@@ -112,6 +112,24 @@ DEVICE int add_in_order(int* counter, int number) {
                  : "memory");
     return before;
 }
+// Words that blocks of one launch hand each other, each on its own: what another block wrote is seen at some time.
+DEVICE uint4 read_words(const u32* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+DEVICE void write_word(u32* p, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory"); }
+DEVICE void let_others_run() {}  // between two looks at such words
+// The 64 bytes that a global address lies in come to the L2 cache in the background.
+DEVICE void fetch_to_cache(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// sum + the products of four unsigned and four signed bytes.
+DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
+    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
 #else
 DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 b0, int c) { mma_int8(d, a0, a1, 0, 0, b0, 0, c); }
 DEVICE void load_matrices(u32 (&r)[4], const void* row) {
@@ -126,6 +144,13 @@ DEVICE u32 highest_of_lanes(u32 v) {
     return v;
 }
 DEVICE int add_in_order(int* counter, int number) { return atomicAdd(counter, number); }
+DEVICE uint4 read_words(const u32* p) { return *(const uint4*)p; }
+DEVICE void write_word(u32* p, u32 word) { *p = word; }
+DEVICE void fetch_to_cache(const void* p) { (void)*(const volatile u8*)p; }  // out of bounds shows here
+DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += (int)(a >> i & 255) * (i8)(b >> i);
+    return sum;
+}
 #endif
 
 DEVICE float sum_of_lanes(float v) {

@@ -26,13 +26,17 @@ from jaxmoe.quants import QuantTensor, dequantise, empty
 SEGMENT = 256
 FEW_ROWS = 64  # up to here a block has all segments of its weights at once, above it one after the other
 FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
-_ROW, _FEW, _MANY = "matmul_row.cu", "matmul_few.cu", "matmul_many.cu"
+_ROW, _DENSE, _FEW, _MANY = "matmul_row.cu", "matmul_dense.cu", "matmul_few.cu", "matmul_many.cu"
 _MANY_THREADS = 128
 _MANY_FACTORS = 8192  # bytes of the scales of its weights
 _MANY_BLOCKS = 264  # that run at once: two on each of the 132 multiprocessors of an H200
 _MANY_OUTPUTS = 16384  # from so many outputs on the kernel for many rows has enough blocks for a few of them
 _HALF_ROWS = 64
-_OTHER_WARPS = 3  # of a grouped product, that copy and finish
+_DENSE_WARPS = 24  # the most of a dense product of few rows
+_STREAM_WARPS = 12  # of one of very many outputs
+# Inputs of a step and steps kept, with one tile of columns and with more: the first that fits is the fastest.
+_STEPS = (((128, 2), (64, 3), (64, 2)), ((256, 1), (64, 3), (64, 2)))
+_MOST_WARPS = 20  # of a grouped product: with one more they would have fewer than 96 registers
 _ROW_STATIC_SIZE = 24 << 10  # of a one-row product: the inputs and the sums
 _STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
 # Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
@@ -40,6 +44,7 @@ _SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 2
 _SMALL_SHARED = 99 << 10
 
 _VARIANTS = (1, 8, 64, 2048)
+_DENSE_VARIANTS = (1, 8, 16, 32, 64, 2048)
 _COMPARED_ROWS = (1, 8, 64, 300)
 _STACK, _AT = 2, 1  # of the random weights: how many layers, and which is multiplied
 
@@ -183,16 +188,19 @@ def _many(weights: Sequence[QuantTensor], columns: int = MANY_TILE) -> tuple[Def
 def _shared_rows_size(w: QuantTensor, num_rows: int, pad: int) -> int:
     """Bytes of `num_rows` rows of a weight in shared memory: SharedRows of weights.cuh."""
     segments = w.shape[-1] // SEGMENT
+    size = segments * (SEGMENT * _code_bits(w) // 8 + pad) + _scale_size(w, segments)
+    return -(-num_rows * size // 16) * 16
+
+
+def _scale_size(w: QuantTensor, segments: int) -> int:
+    """Of them what the scales of one row take."""
 
     def run(size: int) -> int:
         return segments * size + (16 if segments * size % 32 == 0 else 0)
 
-    size = segments * (SEGMENT * _code_bits(w) // 8 + pad)
-    size += 0 if w.s is None else run(16 if w.group == 16 else 8)
+    size = 0 if w.s is None else run(16 if w.group == 16 else 8)
     size += 0 if w.m is None else run(8)
-    for d in (w.d, w.d_m):
-        size += 0 if d is None else run(SEGMENT // w.block * d.dtype.itemsize)
-    return -(-num_rows * size // 16) * 16
+    return size + sum(run(SEGMENT // w.block * d.dtype.itemsize) for d in (w.d, w.d_m) if d is not None)
 
 
 def _many_columns(blocks: int, num_rows: int) -> int:
@@ -206,18 +214,96 @@ def _row_size(w: QuantTensor) -> int:
     return _shared_rows_size(w, 16, 16) // 16
 
 
-def _column_tiles(num_rows: int, segments: int) -> int:
-    """Tiles of 8 rows that share a block: two, where their inputs leave room for two blocks."""
-    return 2 if num_rows > 8 and segments <= 8 else 1
+class _Tiles(NamedTuple):
+    """A block of the dense product of few rows: tiles of 16 outputs and 8 rows, inputs a step, steps kept."""
+
+    rows: int
+    columns: int
+    step: int
+    stages: int
+
+    def size(self, weights: Sequence[QuantTensor]) -> int:
+        """Bytes of shared memory, with room for a residual."""
+        segments, columns, height = _segments(weights), 8 * self.columns, 16 * self.rows
+        inputs = (self.stages * self.step + 64) * segments * columns
+        needed = inputs + max(_shared_rows_size(w, height, 16) for w in weights)
+        return max(needed, segments * columns * (height + 4) * 4) + height * columns * 4
+
+    def grid(self, num_rows: int, weights: Sequence[QuantTensor]) -> tuple[int, int, int]:
+        tall = self.rows == 3 * self.groups(weights)["ROW_GROUPS"]  # of two scales a block fewer: TILES_OF
+        rows = [32 if tall and w.d is not None and w.group == 16 else 16 * self.rows for w in weights]
+        blocks = sum(-(-w.shape[-2] // height) for w, height in zip(weights, rows, strict=True))
+        return -(-num_rows // (8 * self.columns)), blocks, 1
+
+    def cost(self, num_rows: int, weights: Sequence[QuantTensor]) -> int:
+        """Bytes of codes that a multiprocessor reads, in those of 8 rows of inputs: fewer are faster."""
+        rounds = -(-prod(self.grid(num_rows, weights)) // _num_multiprocessors())
+        return rounds * (self.rows * max(map(_code_bits, weights)) // 4 + self.columns)
+
+    def groups(self, weights: Sequence[QuantTensor]) -> dict[str, int]:
+        """Warps of a segment side by side: of few columns each has its own rows, of many its own columns."""
+        segments, is_wide = _segments(weights), self.columns >= 4
+        by_row, by_column = not is_wide and segments * self.rows <= _DENSE_WARPS, is_wide and segments <= 8
+        return {"ROW_GROUPS": self.rows if by_row else 1, "COLUMN_GROUPS": 2 if by_column else 1}
+
+    def defines(self, weights: Sequence[QuantTensor]) -> Defines:
+        groups = self.groups(weights)
+        units = _segments(weights) * prod(groups.values())
+        return {
+            **groups, "ROW_TILES": self.rows // groups["ROW_GROUPS"],
+            "COLUMN_TILES": self.columns // groups["COLUMN_GROUPS"], "STEP": self.step, "STAGES": self.stages,
+            "THREADS": _threads(units, _DENSE_WARPS),
+        }  # fmt: skip
 
 
-def _inputs_size(segments: int, tiles: int) -> int:
-    return segments * 8 * tiles * (SEGMENT + 32 + 80)
+def _stream_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defines, int] | None:
+    """Macros and shared memory of the dense product of few rows and very many outputs; None: there is none.
+
+    Its warps take 16 outputs each and keep some steps of them, beside all inputs of the rows.
+    """
+    w, tiles = weights[0], next(n for n in (1, 2, 4, 8) if 8 * n >= num_rows)
+    if len(weights) > 1 or w.d is None or w.shape[-2] < _MANY_OUTPUTS:
+        return None
+    inputs, scales = _segments(weights) * 8 * tiles * 320, -(-16 * _scale_size(w, 1) // 16) * 16
+    room = (_shared_limit() - _STATIC_SIZE - inputs) // _STREAM_WARPS - scales
+    for step, least in ((128, 4), (64, 2)):
+        size = 16 * step * w.bits // 8
+        kept = min(room // size, 2048 // step, SEGMENT // step * _segments(weights) + 1)
+        if kept >= least:
+            macros: Defines = {"STREAM": 1, "STEPS_KEPT": kept, "STEP": step, "STAGES": SEGMENT // step}
+            macros |= {"ROW_TILES": 1, "ROW_GROUPS": 1, "COLUMN_TILES": tiles, "COLUMN_GROUPS": 1}
+            return macros | {"THREADS": 32 * _STREAM_WARPS}, inputs + _STREAM_WARPS * (kept * size + scales)
+    return None
 
 
-def _grouped_launch(stage: int, num_units: int, inputs: int, num_steps: int) -> tuple[Defines, int]:
+def _segments(weights: Sequence[QuantTensor]) -> int:
+    return weights[0].shape[-1] // SEGMENT
+
+
+def _few_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defines, int, tuple[int, int, int]]:
+    """Macros, shared memory and blocks of the dense product of few rows: the cheapest blocks that fit."""
+    found = [
+        _Tiles(rows, columns, *steps)
+        for rows in (1, 2, 3, 4)
+        for columns in (1, 2, 4, 8)
+        for steps in _STEPS[columns > 1]
+        if 4 * columns < max(num_rows, 5) and 16 * rows <= min(w.shape[-2] for w in weights)
+    ]
+    fitting = [one for one in found if one.size(weights) + _STATIC_SIZE <= _shared_limit()]
+    best = min(fitting or found[:1], key=lambda one: one.cost(num_rows, weights))
+    return best.defines(weights), best.size(weights), best.grid(num_rows, weights)
+
+
+def _inputs_size(segments: int) -> int:
+    """Bytes of the inputs of a tile of a grouped product."""
+    return segments * FEW_TILE * (SEGMENT + 32 + 80)
+
+
+def _grouped_launch(
+    weights: Sequence[QuantTensor], stage: int, num_units: int, num_steps: int
+) -> tuple[Defines, int]:
     """Macros and shared memory of a grouped product: `num_steps` steps a tile, each of `stage` bytes."""
-    fixed = 2 * (inputs + num_units * 16 * 9 * 4)
+    fixed = 2 * (_inputs_size(_segments(weights)) + num_units * 16 * 9 * 4)
     fitting = [
         n for n in (4, 3, 2) if n <= num_steps + 1 and n * stage + fixed + _STATIC_SIZE <= _shared_limit()
     ]
@@ -226,8 +312,22 @@ def _grouped_launch(stage: int, num_units: int, inputs: int, num_steps: int) -> 
             f"a step of a grouped product takes {2 * stage + fixed} bytes of shared memory, "
             f"the GPU has {_shared_limit()}"
         )
-    threads = _threads(num_units) + 32 * _OTHER_WARPS
-    return {"COLUMN_TILES": 1, "THREADS": threads, "STAGES": fitting[0]}, fitting[0] * stage + fixed
+    multiplying = min(num_units, 16)
+    copying = _copying_warps(weights, _MOST_WARPS - multiplying - 1)
+    macros: Defines = {"THREADS": 32 * (multiplying + copying + 1), "COPYING": copying, "STAGES": fitting[0]}
+    return macros, fitting[0] * stage + fixed
+
+
+def _copying_warps(weights: Sequence[QuantTensor], most: int) -> int:
+    """Warps that copy: where they take whole rows at a time, addresses cost the least."""
+    pieces = [w.shape[-1] * _code_bits(w) // 128 for w in weights]
+    fitting = [n for n in (4, 3, 2) if n <= most]
+    return next((n for n in fitting if not any(32 * n % count for count in pieces)), fitting[0])
+
+
+def knows_multiprocessors() -> bool:
+    """Whether the device says how many it has; without a GPU any number will do."""
+    return jax.default_backend() != "gpu" or hasattr(jax.devices()[0], "core_count")
 
 
 def _num_multiprocessors() -> int:
@@ -290,11 +390,12 @@ def _dense_launch(
         launch, size = _row_launch(max(map(_row_size, weights)), segments)
         defines |= launch | ({"NORMED": 1} if isinstance(inputs, Row) else {})
         grid = (all_rows // int(launch["ROWS"]), 1, 1)
+    elif not has_residual and num_rows <= FEW_ROWS and (stream := _stream_launch(num_rows, weights)):
+        file, (few, size), grid = _DENSE, stream, (_num_multiprocessors(), 1, 1)
+        defines |= few
     elif not _takes_many(num_rows, weights):
-        file, tiles, threads = _FEW, _column_tiles(num_rows, segments), _threads(segments)
-        defines |= {"COLUMN_TILES": tiles, "THREADS": threads, "BLOCKS_AN_SM": 1}
-        size = max(_shared_rows_size(w, 16, 32) for w in weights) + _inputs_size(segments, tiles)
-        grid = (-(-num_rows // (8 * tiles)), all_rows // 16, 1)
+        file, (few, size, grid) = _DENSE, _few_launch(num_rows, weights)
+        defines |= few
     else:
         blocks = sum(-(-w.shape[-2] // 128) for w in weights)
         columns = _many_columns(blocks, num_rows)
@@ -345,9 +446,8 @@ def _gate_up_launch(
     defines = _weights([gate, up]) | _grouped(num_rows)
     defines |= {"NAME": "gate_up", "GATE_UP": 1, "ACTIVE": num_active, "NORMS": 1}
     if _is_few(num_rows):
-        segments = gate.shape[-1] // SEGMENT
-        stage = sum(_shared_rows_size(w, 16, 16) for w in (gate, up))
-        launch, size = _grouped_launch(stage, 2 * segments, _inputs_size(segments, 1), width // 16)
+        stage, num_units = sum(_shared_rows_size(w, 16, 16) for w in (gate, up)), 2 * _segments([gate])
+        launch, size = _grouped_launch([gate, up], stage, num_units, width // 16)
         return Launch(_FEW, "gate_up", defines | launch, (_num_multiprocessors(), 1, 1), size)
     many, size = _many([gate, up])
     return Launch(_MANY, "gate_up", defines | many, (width // _HALF_ROWS, num_tiles, 1), size)
@@ -397,7 +497,7 @@ def _down_launch(num_rows: int, w: QuantTensor, num_tiles: int) -> Launch:
     if _is_few(num_rows):
         row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
         stage, num_steps = _shared_rows_size(w, 16 * row_tiles, 32), width // (16 * row_tiles)
-        launch, size = _grouped_launch(stage, row_tiles * segments, _inputs_size(segments, 1), num_steps)
+        launch, size = _grouped_launch([w], stage, row_tiles * segments, num_steps)
         defines |= launch | {"ROW_TILES": row_tiles}
         return Launch(_FEW, "down", defines, (_num_multiprocessors(), 1, 1), size)
     many, size = _many([w])
@@ -475,17 +575,17 @@ def variants(config: ModelConfig) -> Iterator[Variant]:
 
 def _dense_launches(config: ModelConfig) -> Iterator[Launch]:
     q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
-    for num_rows in _VARIANTS:
+    for num_rows in _DENSE_VARIANTS:
         for kind in (q4, q6):
             qkv = _absent_weights((q4, q4, kind), _qkv_shapes(config))
             if qkv:
                 yield _dense_launch("qkv", _absent_inputs(num_rows, config), qkv)
-    cases = [(num_rows, q4) for num_rows in _VARIANTS]
+    cases = [(num_rows, q4) for num_rows in _DENSE_VARIANTS]
     for num_rows, kind in (*cases, (1, GGMLType.Q5_K), (2048, GGMLType.Q8_0), (8, GGMLType.F16)):
         if out := _absent_weights([kind], [_out_shape(config)]):
             inputs = _absent_rounded(num_rows, out[0].shape[-1])
             yield _dense_launch("attn_output", inputs, out, has_residual=True)
-    for num_rows in [n for n in _VARIANTS if n <= FEW_ROWS]:
+    for num_rows in [n for n in _DENSE_VARIANTS if n <= FEW_ROWS]:
         for kind in (q4, q6):
             if head := _absent_weights([kind], [_head_shape(config)]):
                 yield _dense_launch("lm_head", _absent_rounded(num_rows, config.d_model), head)

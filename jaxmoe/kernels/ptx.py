@@ -25,7 +25,7 @@ from jax import Array
 logger = logging.getLogger(__name__)
 
 _TARGET: Final = "__gpu$xla.gpu.ptx"
-_HEADERS: Final = ("common.cuh", "weights.cuh")
+_HEADERS: Final = ("common.cuh", "weights.cuh", "row.cuh", "choose.cuh")
 _OPTIONS: Final = ("--std=c++17", "-default-device", "--fmad=false")
 # The architectures that are compiled for, and the oldest PTX version that can name each; the kernels use
 # nothing newer. NVRTC writes the version of its own release, which an older driver refuses. A GPU between two
@@ -241,9 +241,10 @@ def _checked(returned: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_version(text: str, version: str) -> str:
+    """PTX of an older version: its own in the head, and without the hints that only newer ones know."""
     text, count = re.subn(r"(?m)^\.version .*$", f".version {version}", text, count=1)
     assert count == 1, "PTX without a version"
-    return text
+    return re.sub(r'(?m)^\s*\.pragma "used_bytes_mask.*$\n?', "", text)
 
 
 @cache

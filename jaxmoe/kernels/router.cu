@@ -10,7 +10,7 @@
 // Macros: E; A. For the routes D, NORMS, EPS; the launch number is the place of the weights * NORMS + layer of the
 // norm. For route_few and route_many REST: the rows of the last tile of tokens. For route_few the tile of a block,
 // TILE_E experts x TILE_T tokens, and a thread's NE x NT. For group ROWS, TILE.
-#include "common.cuh"
+#include "choose.cuh"
 
 #ifndef TILE
 constexpr int THREADS = 256;
@@ -26,14 +26,6 @@ constexpr bool IS_PAIRED = true;
 constexpr int PARTS = IS_PAIRED ? PAIRS : SEGMENTS;  // sums that blocks leave of each logit
 constexpr int PER_LANE = (E + 31) / 32;
 constexpr int STRIDE = (PARTS * E + SEGMENTS + 3) / 4 * 4;  // a token's parts, then its sums of squares
-constexpr float LOG2_E = 1.44269504088896341f;
-
-// Larger floats have larger words.
-DEVICE u32 ordered_word(float v) {
-    u32 bits = __float_as_uint(v + 0.f);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-DEVICE float float_of_word(u32 word) { return __uint_as_float(word >> 31 ? word & 0x7fffffffu : ~word); }
 
 // A lane's neighbouring experts: one part of their sums.
 DEVICE void load_neighbours(float (&v)[PER_LANE], const float* sums) {
@@ -50,31 +42,14 @@ DEVICE void load_neighbours(float (&v)[PER_LANE], const float* sums) {
     }
 }
 
-// A lane's highest word of all lanes' goes: it becomes 0, and its expert's id is returned by the lane that had it
-// (ties: the lowest lane, the lowest place), -1 by the others. 0 is below any logit.
-DEVICE int take_highest(u32 (&words)[PER_LANE], u32& best) {
-    int lane = threadIdx.x % 32, place = PER_LANE - 1;
-    u32 highest = words[0];
-#pragma unroll
-    for (int k = 1; k < PER_LANE; k++) highest = max(highest, words[k]);
-    best = highest_of_lanes(highest);
-    u32 lanes = __ballot_sync(ALL_LANES, highest == best);
-    bool is_owner = (highest == best) & !(lanes & ((1u << lane) - 1));
-#pragma unroll
-    for (int k = PER_LANE - 2; k >= 0; k--) place = words[k] == best ? k : place;
-#pragma unroll
-    for (int k = 0; k < PER_LANE; k++) words[k] = is_owner & (k == place) ? 0u : words[k];
-    return is_owner ? lane * PER_LANE + place : -1;
-}
-
 // By one warp: the A highest of the logits of tokens first .. first + N - 1 below `end`, ties to the lower id, and
 // their softmax. The tokens go side by side, so that they wait together.
 template <int N>
 DEVICE void choose(const float* sums, const float (&squares)[N][SEGMENTS], int first, int end, int* ids,
                    float* weights) {
     int lane = threadIdx.x % 32;
-    u32 words[N][PER_LANE];
-    float highest[N], mine[N], totals[N], values[N][PARTS][PER_LANE];
+    Ranked<PER_LANE> ranked[N];
+    float values[N][PARTS][PER_LANE];
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
@@ -89,25 +64,27 @@ DEVICE void choose(const float* sums, const float (&squares)[N][SEGMENTS], int f
 #pragma unroll
             for (int s = 0; s < PARTS; s += IS_PAIRED ? 1 : 2)
                 total += IS_PAIRED || s + 1 == PARTS ? values[n][s][k] : values[n][s][k] + values[n][s + 1][k];
-            words[n][k] = lane * PER_LANE + k < E ? max(ordered_word(total * inverse), 1u) : 0u;
+            ranked[n].words[k] = lane * PER_LANE + k < E ? max(ordered_word(total * inverse), 1u) : 0u;
         }
+        ranked[n].sort();
     }
-#pragma unroll
+    u32 mine[N];
+    int chosen[N];
+#pragma unroll 1
     for (int j = 0; j < A; j++)
 #pragma unroll
         for (int n = 0; n < N; n++) {
             u32 best;
-            int expert = take_highest(words[n], best);
-            if (expert >= 0 && first + n < end) ids[(size_t)(first + n) * A + j] = expert;
-            float logit = float_of_word(best);
-            if (j == 0) highest[n] = logit;
-            float share = exp2_fast((logit - highest[n]) * LOG2_E);
-            totals[n] = j == 0 ? share : totals[n] + share;
-            mine[n] = j == 0 || lane == j ? share : mine[n];
+            int id = ranked[n].take(best);
+            if (j == 0 || lane == j) chosen[n] = id, mine[n] = best;
         }
 #pragma unroll
-    for (int n = 0; n < N; n++)
-        if (lane < A && first + n < end) weights[(size_t)(first + n) * A + lane] = __fdiv_rn(mine[n], totals[n]);
+    for (int n = 0; n < N; n++) {
+        float share = share_of<A>(mine[n]);
+        if (lane >= A || first + n >= end) continue;
+        ids[(size_t)(first + n) * A + lane] = chosen[n];
+        weights[(size_t)(first + n) * A + lane] = share;
+    }
 }
 
 // Whether this block is the last of `blocks` to come here; what the others wrote before is then visible. The
@@ -184,15 +161,14 @@ DEVICE float sum_of_chains(const float4* chains) {
     return sum;
 }
 
-// One token; the last block chooses.
+// One token, real or not: the kernels that follow read its experts. The last block chooses.
 KERNEL(THREADS, 1)
-route_row(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
+route_row(const float* x, const float* norm, const float* w, const int*, const int*, int* ids, float* weights,
           int* counters, float* sums) {
     __shared__ __align__(16) float chains[EXPERTS * PAIRS][PITCH];
     __shared__ float squares[1][SEGMENTS];
     int warp = threadIdx.x / 32, first_expert = blockIdx.x * EXPERTS;
     int number = launch_number<SHARED_SIZE>(), index = number / NORMS, layer = number % NORMS;
-    int num_tokens = *count;
     w += ((size_t)index * E + min(first_expert + warp / PART, E - 1)) * D;
     sum_chains(x, norm + (size_t)layer * D, w, chains, squares[0]);
     __syncthreads();
@@ -201,7 +177,7 @@ route_row(const float* x, const float* norm, const float* w, const int* count, c
         int expert = first_expert + i / PAIRS;
         if (expert < E) sums[i % PAIRS * E + expert] = sum_of_chains(one) + sum_of_chains(other);
     }
-    if (!is_last(counters, gridDim.x) || warp > 0 || num_tokens <= 0) return;
+    if (!is_last(counters, gridDim.x) || warp > 0) return;
     choose<1>(sums, squares, 0, 1, ids, weights);
 }
 #endif

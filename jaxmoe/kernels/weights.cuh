@@ -129,8 +129,8 @@ template <class F> struct Block {
                 if constexpr (F::D_M) minimum[h] = factors.minimum(h, block);
             }
     }
-    // ONE: only the first of the lane's two columns counts.
-    template <bool ONE = false> METHOD void add(float (&sums)[4], uint2 x, float4 scales) const {
+    // EVEN: only the first of the lane's two columns counts.
+    template <bool EVEN = false> METHOD void add(float (&sums)[4], uint2 x, float4 scales) const {
         if constexpr (F::HALF != 0) {
             add_floats(sums, x, scales);
             return;
@@ -142,14 +142,14 @@ template <class F> struct Block {
             int v[4];
             mma_int8(v, a[0], a[1], a[2], a[3], counts ? x.x : 0u, counts ? x.y : 0u, MAGIC_BITS);
 #pragma unroll
-            for (int e = 0; e < 4; e += ONE ? 2 : 1) {
+            for (int e = 0; e < 4; e += EVEN ? 2 : 1) {
                 float t = fmaf(__int_as_float(v[e]), sd[part][e >> 1], minus_magic[part][e >> 1]);
                 sums[e] = fmaf(t, e & 1 ? scales.z : scales.x, sums[e]);
             }
         }
         if constexpr (F::D_M)
 #pragma unroll
-            for (int e = 0; e < 4; e += ONE ? 2 : 1) sums[e] = fmaf(minimum[e >> 1], e & 1 ? scales.w : scales.y, sums[e]);
+            for (int e = 0; e < 4; e += EVEN ? 2 : 1) sums[e] = fmaf(minimum[e >> 1], e & 1 ? scales.w : scales.y, sums[e]);
     }
     METHOD void add_floats(float (&sums)[4], uint2 x, float4 scales) const {
         constexpr bool brain = F::HALF == 2;
@@ -284,6 +284,9 @@ template <class F, class Rows, int COPIERS = THREADS> struct RowsCopy {  // COPI
                 int here = COPIERS % A_ROW == 0 ? codes_to + i * (COPIERS / A_ROW) * Rows::ROW_STRIDE : place(thread + i * COPIERS);
                 copy_async(to + here, p + i * COPIERS * 16);
             }
+        start_scales(to, row);
+    }
+    METHOD void start_scales(u8* to, size_t row) const {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
             if (pieces[i].run) copy_async(to + pieces[i].to, pieces[i].from + row * pieces[i].run);
