@@ -15,7 +15,8 @@ from jax import Array, lax
 from jaxmoe.cache import KVCache
 from jaxmoe.config import MAX_PAGE_LENGTH, ModelConfig, RopeScaling
 from jaxmoe.kernels import attention as kernel_attention
-from jaxmoe.kernels.matmul import Rounded, Row
+from jaxmoe.kernels.matmul import Row
+from jaxmoe.kernels.rounding import Rounded
 from jaxmoe.layers import RMSNorm, StackedWeight, by_row_tiles, kernel_product, matmul
 
 # Keys a step of the softmax takes: cut at absolute positions, so that a token's sums do not depend on

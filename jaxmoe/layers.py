@@ -17,7 +17,8 @@ from jax import Array, lax
 
 from jaxmoe.kernels import matmul as kernel_matmul
 from jaxmoe.kernels import rows as kernel_rows
-from jaxmoe.kernels.matmul import Rounded, Row
+from jaxmoe.kernels.matmul import Row
+from jaxmoe.kernels.rounding import Rounded, rounded_values
 from jaxmoe.quants import QuantTensor
 
 ROW_TILE = 8
@@ -268,7 +269,7 @@ def kernel_product(
         if not kernel_matmul.has_row_kernels(*stacks):
             inputs = rounded(inputs, count)
         return kernel_matmul.dense(name, inputs, stacks, count, index=indices[0], residual=residual)
-    x = kernel_matmul.rounded_values(rounded(inputs, count))
+    x = rounded_values(rounded(inputs, count))
     num_rows = x.shape[0]
     products = [
         matmul(padded_rows(x), stack, (jnp.int32(index),), count[0])[:num_rows]

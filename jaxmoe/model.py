@@ -16,7 +16,8 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import layer as kernel_layer
 from jaxmoe.kernels import matmul as kernel_matmul
 from jaxmoe.kernels.layer import LayerWeights, Placed
-from jaxmoe.kernels.matmul import Rounded, Row
+from jaxmoe.kernels.matmul import Row
+from jaxmoe.kernels.rounding import Rounded
 from jaxmoe.layers import (
     PackedWeight,
     RMSNorm,

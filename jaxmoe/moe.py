@@ -15,7 +15,8 @@ from jaxmoe.kernels import matmul as kernel_matmul
 from jaxmoe.kernels import router as kernel_router
 from jaxmoe.kernels import rows as kernel_rows
 from jaxmoe.kernels.matmul import Groups as KernelGroups
-from jaxmoe.kernels.matmul import Rounded, Row
+from jaxmoe.kernels.matmul import Row
+from jaxmoe.kernels.rounding import Rounded, rounded_values
 from jaxmoe.layers import (
     ROW_TILE,
     StackedWeight,
@@ -154,7 +155,7 @@ class MoE(nnx.Module):
         eps, row = self.config.norm_eps, Row(x, norm, layer, self.config.norm_eps)
         stacks = [weight.at(layer) for weight in (self.router, self.gate, self.up, self.down)]
         if not _has_kernels(*(stack for stack, _ in stacks)):
-            x_hat = padded_rows(kernel_matmul.rounded_values(rounded(row, count)))
+            x_hat = padded_rows(rounded_values(rounded(row, count)))
             x = x + self(x_hat, count[0], jnp.int32(layer))[: x.shape[0]]
             after = Row(x, *next_norm, eps)
             return x, after if x.shape[0] == 1 else rounded(after, count), counters

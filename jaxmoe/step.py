@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from jaxmoe.layers import MIN_ROWS
 from jaxmoe.model import Decoder
 from jaxmoe.request import Decode, Prefill, SampledToken, SamplingParams, TokenLogprobs
 from jaxmoe.sampling import Sampled, SamplingRow, sample
+from jaxmoe.user_cache import private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -417,7 +417,7 @@ def why_without_kernels(config: ModelConfig, cache_dtype: str | None) -> str | N
     limits = {
         f"the widths {widths} must be multiples of 256": all(width % 256 == 0 for width in widths),
         f"a head must have 64 or 128 numbers, not {config.head_dim}": config.head_dim in (64, 128),
-        f"at most 8 heads may share keys, not {group}": group <= 8,
+        f"at most 16 heads may share keys, not {group}": group <= 16,
         f"there may be 256 experts, not {config.num_experts}": config.num_experts <= 256,
         f"a token may have 16 experts, not {config.experts_per_token}": config.experts_per_token <= 16,
         f"the cache must be bfloat16, not {cache_dtype}": cache_dtype in (None, "bfloat16"),
@@ -434,20 +434,10 @@ def use_compilation_cache() -> None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     try:
-        directory = _private_directory()
+        directory = private_directory("xla")
     except (OSError, RuntimeError) as error:
         logger.warning("compiled steps are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _private_directory() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = root / "jaxmoe" / "xla"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise RuntimeError(f"{directory} is another user's, or others may write to it")
-    return directory

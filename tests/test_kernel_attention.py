@@ -14,7 +14,8 @@ from kernel_config import small_config
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import attention
-from jaxmoe.kernels.attention import attend_decode, attend_prefill, decode_arrays, decoded, prepare
+from jaxmoe.kernels.attention import attend_decode, attend_prefill, decode_arrays, prepare
+from jaxmoe.kernels.rounding import Rounded, rounded_values
 
 LAYER = 1
 NARROW = replace(small_config(), num_heads=4, num_kv_heads=1, head_dim=64, context_length=128)
@@ -104,7 +105,7 @@ def test_decode_is_softmax_attention_whatever_lies_in_other_pages(
 ) -> None:
     state = poisoned(decode_arrays(config, 3, EDGES, page_length), page_length)
     codes, scales, _, _, counters = decode(state, config)
-    found = decoded(jnp.asarray(codes), jnp.asarray(scales))
+    found = rounded_values(Rounded(jnp.asarray(codes), jnp.asarray(scales)))
     for row in range(len(EDGES)):
         assert error(found[row], reference(state, config, row)) < 0.015, f"position {EDGES[row]}"
     sums = codes.reshape(*scales.shape[:2], 32).sum(-1)

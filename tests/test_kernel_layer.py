@@ -16,6 +16,7 @@ from test_kernel_matmul import assert_close, assert_same_bits, random, random_we
 from jaxmoe.kernels import layer, matmul, ptx, router
 from jaxmoe.kernels.layer import LayerWeights, Placed
 from jaxmoe.kernels.matmul import Row
+from jaxmoe.kernels.rounding import round_rows
 from jaxmoe.quants import empty
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -73,7 +74,7 @@ def separate(mixed, x, weights, config, at):
 
 def inputs(config, seed=0):
     mixed = random(30 + seed, 1, config.num_heads * config.head_dim)
-    return matmul.round_rows(mixed), random(40 + seed, 1, config.d_model)
+    return round_rows(mixed), random(40 + seed, 1, config.d_model)
 
 
 def use_blocks(monkeypatch, number):

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as G
 from kernel_config import small_config
 
 from jaxmoe.kernels import matmul, ptx, router, rows
+from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_values
 from jaxmoe.quants import FORMATS, empty, pack, packed_size
 
 EPS = 1e-5
@@ -72,7 +73,7 @@ def count_of(number):
 
 
 def first(inputs, number):
-    return matmul.Rounded(inputs.codes[:number], inputs.scales[:number])
+    return Rounded(inputs.codes[:number], inputs.scales[:number])
 
 
 def attn_output(inputs, w, count=None, residual=None, index=INDEX):
@@ -110,9 +111,9 @@ def test_each_type_is_in_one_of_the_lists():
 def test_a_row_has_the_same_bits_alone_among_few_and_among_many(ggml_type):
     w, inputs = (
         random_weight(0, ggml_type, 2, OUTPUTS, INPUTS),
-        matmul.round_rows(random(1, ROWS[-1], INPUTS)),
+        round_rows(random(1, ROWS[-1], INPUTS)),
     )
-    twin = matmul.dense_twin(matmul.rounded_values(inputs), [w], index=INDEX)
+    twin = matmul.dense_twin(rounded_values(inputs), [w], index=INDEX)
     found = {number: attn_output(first(inputs, number), w) for number in ROWS}
     for number in ROWS:
         assert_close(found[number], twin[:number])
@@ -123,15 +124,15 @@ def test_a_row_has_the_same_bits_alone_among_few_and_among_many(ggml_type):
 def test_each_other_type_is_multiplied(ggml_type):
     w, inputs = (
         random_weight(2, ggml_type, 2, OUTPUTS, INPUTS),
-        matmul.round_rows(random(3, ROWS[-1], INPUTS)),
+        round_rows(random(3, ROWS[-1], INPUTS)),
     )
     some = first(inputs, OTHERS[ggml_type])
-    assert_close(attn_output(some, w), matmul.dense_twin(matmul.rounded_values(some), [w], index=INDEX))
+    assert_close(attn_output(some, w), matmul.dense_twin(rounded_values(some), [w], index=INDEX))
 
 
 @pytest.mark.parametrize("number", ROWS)
 def test_the_residual_is_added_and_rows_past_the_count_are_left_alone(number):
-    w, inputs = random_weight(4, G.Q4_K, 2, OUTPUTS, INPUTS), matmul.round_rows(random(5, number, INPUTS))
+    w, inputs = random_weight(4, G.Q4_K, 2, OUTPUTS, INPUTS), round_rows(random(5, number, INPUTS))
     residual, count = random(6, number, OUTPUTS), number - number // 2
     found = attn_output(inputs, w, count, residual)
     assert_same_bits(found[:count], (residual + attn_output(inputs, w))[:count])
@@ -142,17 +143,17 @@ def test_the_residual_is_added_and_rows_past_the_count_are_left_alone(number):
 def test_three_weights_of_two_formats_stand_side_by_side(number):
     kinds, sizes = (G.Q4_K, G.Q4_K, G.Q6_K), (OUTPUTS, 64, 64)
     weights = [random_weight(7 + i, kinds[i], 2, sizes[i], INPUTS) for i in range(3)]
-    inputs = matmul.round_rows(random(10, number, INPUTS))
+    inputs = round_rows(random(10, number, INPUTS))
     found = np.asarray(matmul.dense("qkv", inputs, weights, count_of(number), index=INDEX))
-    twin = matmul.dense_twin(matmul.rounded_values(inputs), weights, index=INDEX)
+    twin = matmul.dense_twin(rounded_values(inputs), weights, index=INDEX)
     for start, end in ((0, 192), (192, 256), (256, 320)):
         assert_close(found[:, start:end], twin[:, start:end])
 
 
 def test_the_index_picks_the_matrix():
-    w, inputs = random_weight(11, G.Q4_K, 2, OUTPUTS, INPUTS), matmul.round_rows(random(12, 8, INPUTS))
+    w, inputs = random_weight(11, G.Q4_K, 2, OUTPUTS, INPUTS), round_rows(random(12, 8, INPUTS))
     for index in range(2):
-        twin = matmul.dense_twin(matmul.rounded_values(inputs), [w], index=index)
+        twin = matmul.dense_twin(rounded_values(inputs), [w], index=index)
         assert_close(attn_output(inputs, w, index=index), twin)
 
 
@@ -160,7 +161,7 @@ def test_a_row_before_its_norm_has_the_bits_of_norm_and_product():
     x, norm = random(13, 1, INPUTS), random(14, 3, INPUTS)
     weights = [random_weight(15 + i, G.Q4_K, 2, 64, INPUTS) for i in range(3)]
     for layer in range(3):
-        rounded = matmul.Rounded(*rows.norm_quantise(x, norm, count_of(1), eps=EPS, layer=layer))
+        rounded = Rounded(*rows.norm_quantise(x, norm, count_of(1), eps=EPS, layer=layer))
         row = matmul.Row(x, norm, layer, EPS)
         one, other = (
             matmul.dense("qkv", inputs, weights, count_of(1), index=INDEX) for inputs in (row, rounded)
@@ -171,8 +172,8 @@ def test_a_row_before_its_norm_has_the_bits_of_norm_and_product():
 @cache
 def eight_at_a_time(ggml_type):
     """A weight, 64 rows of inputs, and their product by blocks of one tile of columns."""
-    w, inputs = random_weight(40, ggml_type, 2, 208, INPUTS), matmul.round_rows(random(41, 64, INPUTS))
-    parts = [matmul.Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8]) for i in range(0, 64, 8)]
+    w, inputs = random_weight(40, ggml_type, 2, 208, INPUTS), round_rows(random(41, 64, INPUTS))
+    parts = [Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8]) for i in range(0, 64, 8)]
     return w, inputs, np.concatenate([attn_output(part, w) for part in parts])
 
 
@@ -195,7 +196,7 @@ def test_blocks_of_several_tiles_give_the_same_bits(ggml_type, num_blocks, numbe
 def test_two_formats_in_blocks_of_three_tiles_give_the_same_bits(number, warps, tiles, monkeypatch):
     kinds, sizes = (G.Q4_K, G.Q4_K, G.Q6_K), (208, 80, 80)
     weights = [random_weight(44 + i, kinds[i], 2, sizes[i], INPUTS) for i in range(3)]
-    inputs = matmul.round_rows(random(47, number, INPUTS))
+    inputs = round_rows(random(47, number, INPUTS))
     monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 10)
     monkeypatch.setattr(matmul, "_DENSE_WARPS", warps)  # three have four units of work in turns
     defines = matmul._dense_launch("qkv", inputs, weights).defines
@@ -203,7 +204,7 @@ def test_two_formats_in_blocks_of_three_tiles_give_the_same_bits(number, warps, 
     found = np.asarray(matmul.dense("qkv", inputs, weights, count_of(number), index=INDEX))
     monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 1000)
     for i in (0, number - 8):
-        part = matmul.Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8])
+        part = Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8])
         expected = matmul.dense("qkv", part, weights, count_of(8), index=INDEX)
         assert_same_bits(found[i : i + 8], expected)
 
@@ -221,7 +222,7 @@ def test_very_many_outputs_give_the_same_bits(ggml_type, number, monkeypatch):
 
 
 def test_wide_and_narrow_blocks_give_the_same_bits(monkeypatch):
-    w, inputs = random_weight(18, G.Q4_K, 2, OUTPUTS, INPUTS), matmul.round_rows(random(19, 128, INPUTS))
+    w, inputs = random_weight(18, G.Q4_K, 2, OUTPUTS, INPUTS), round_rows(random(19, 128, INPUTS))
     assert matmul._many_columns(2, 128) == 32
     narrow = attn_output(inputs, w)
     monkeypatch.setattr(matmul, "_MANY_BLOCKS", 1)
@@ -230,8 +231,8 @@ def test_wide_and_narrow_blocks_give_the_same_bits(monkeypatch):
 
 
 def test_outputs_that_fill_no_block_of_64():
-    w, inputs = random_weight(20, G.Q4_K, 2, 80, INPUTS), matmul.round_rows(random(21, 70, INPUTS))
-    twin = matmul.dense_twin(matmul.rounded_values(inputs), [w], index=INDEX)
+    w, inputs = random_weight(20, G.Q4_K, 2, 80, INPUTS), round_rows(random(21, 70, INPUTS))
+    twin = matmul.dense_twin(rounded_values(inputs), [w], index=INDEX)
     assert_close(attn_output(inputs, w), twin)
 
 
@@ -281,7 +282,7 @@ def chosen():
 def rounded_rows(number, count):
     x, norm, _, _ = chosen()
     codes, scales = rows.norm_quantise(x[:number], norm, count_of(count), eps=EPS, layer=1)
-    return matmul.Rounded(codes, scales)
+    return Rounded(codes, scales)
 
 
 def grouped(number, count):
@@ -325,8 +326,8 @@ def test_some_tiles_are_of_one_expert_and_some_experts_have_none():
 def test_gate_up_is_its_twin_rounded(number):
     gate, up, _ = experts()
     inputs = rounded_rows(number, number)
-    twin = matmul.gate_up_twin(matmul.rounded_values(inputs), gate, up, chosen()[2][:number], index=INDEX)
-    found, expected = whole(number)[0], matmul.round_rows(twin)
+    twin = matmul.gate_up_twin(rounded_values(inputs), gate, up, chosen()[2][:number], index=INDEX)
+    found, expected = whole(number)[0], round_rows(twin)
     assert_close(found.scales[..., 0], expected.scales[..., 0])
     steps = np.abs(np.asarray(found.codes, np.int32) - np.asarray(expected.codes, np.int32))
     assert steps.max() <= 1  # a value between two codes may go either way
@@ -338,7 +339,7 @@ def test_gate_up_is_its_twin_rounded(number):
 def test_gate_up_of_a_row_is_its_twin():
     gate, up, _ = experts()
     inputs = rounded_rows(1, 1)
-    twin = matmul.gate_up_twin(matmul.rounded_values(inputs), gate, up, chosen()[2][:1], index=INDEX)
+    twin = matmul.gate_up_twin(rounded_values(inputs), gate, up, chosen()[2][:1], index=INDEX)
     assert_close(single(0)[0], twin)
 
 
@@ -346,13 +347,13 @@ def test_gate_up_of_a_row_is_its_twin():
 def test_down_is_its_twin(number):
     hidden, y = whole(number)
     ids = chosen()[2][:number]
-    assert_close(y, matmul.down_twin(matmul.rounded_values(hidden), experts()[2], ids, index=INDEX))
+    assert_close(y, matmul.down_twin(rounded_values(hidden), experts()[2], ids, index=INDEX))
 
 
 def test_down_of_a_row_is_the_weighted_sum_of_its_twin():
     x, _, ids, weights = chosen()
     hidden, y = single(0)
-    values = matmul.rounded_values(matmul.round_rows(hidden))
+    values = rounded_values(round_rows(hidden))
     terms = matmul.down_twin(values, experts()[2], ids[:1], index=INDEX)
     assert_close(y - x[:1], jnp.sum(weights[0][:, None] * terms, axis=0)[None])
 
@@ -366,7 +367,7 @@ def test_experts_give_a_row_the_same_bits_alone_among_few_and_among_many():
     sums = combined(GROUPED_ROWS[-1])
     for t in (0, 7, 69):
         hidden, y = single(t)
-        alone, here = matmul.round_rows(hidden), slice(t * ACTIVE, (t + 1) * ACTIVE)
+        alone, here = round_rows(hidden), slice(t * ACTIVE, (t + 1) * ACTIVE)
         assert_same_bits(alone.codes, many[0].codes[here])
         assert_same_bits(alone.scales, many[0].scales[here])
         assert_same_bits(y, sums[t : t + 1])

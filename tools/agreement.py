@@ -25,7 +25,7 @@ from jaxmoe.attention import SEGMENT_LENGTH, Attention, PrefillPlaces, Rows, que
 from jaxmoe.cache import KVCache
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.kernels import attention as kernel_attention
-from jaxmoe.kernels import matmul as kernel_matmul
+from jaxmoe.kernels.rounding import round_rows, rounded_values
 from jaxmoe.kernels.router import NUM_COUNTERS
 from jaxmoe.layers import matmul
 from jaxmoe.model import Decoder
@@ -199,7 +199,7 @@ def _rounding(config: ModelConfig, where: Array, tables: Array) -> Iterator[None
 
 
 def _rounded(x: Array) -> Array:
-    return kernel_matmul.rounded_values(kernel_matmul.round_rows(x))
+    return rounded_values(round_rows(x))
 
 
 class Forward:

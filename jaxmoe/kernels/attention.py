@@ -19,6 +19,7 @@ from jax import Array, lax
 from jaxmoe.config import MAX_PAGE_LENGTH, ModelConfig
 from jaxmoe.kernels import ptx
 from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_shapes, rounded_values
 
 SEGMENT_LENGTH = 128
 _FILE = "attention.cu"
@@ -31,7 +32,6 @@ _FEW_QUERY_ROWS, _FEW_STAGES = 64, 1
 _LARGE_SHARED = ("9.0", "10.0", "10.3")
 # Of a segment's keys or values, what a block of decode has on their way or in use at once.
 _BUFFERS, _FEW_BUFFERS = 3, 2
-_GROUP = 32  # numbers that share a scale
 _BLOCKS = 264  # of decode that run at once: two on each of the 132 multiprocessors of an H200
 
 _Macros = dict[str, int | float | str]
@@ -68,7 +68,7 @@ def attend_decode(
     plans = _plan(active, positions, tables, count, macros)
     assert counters.shape[0] >= num_rows * num_kv_heads
     parts = (num_rows, num_kv_heads, num_segments, config.num_heads // num_kv_heads, config.head_dim + 4)
-    outputs = [*_rounded_shapes(num_rows, width), *map(_shape_of, (keys, values, counters))]
+    outputs = [*rounded_shapes(num_rows, width), *map(_shape_of, (keys, values, counters))]
     codes, scales, keys, values, counters, _ = ptx.launch(
         _FILE,
         "attend_decode",
@@ -145,7 +145,7 @@ def attend_prefill(
         "attend_prefill",
         _macros(config, keys, tables),
         (q, where, tables, keys, values),
-        _rounded_shapes(num_rows, num_heads * head_dim),
+        rounded_shapes(num_rows, num_heads * head_dim),
         grid=(config.num_kv_heads, -(-num_rows // tokens), 1),
         threads=2 * rows,
         shared_size=prefill_shared_size(config),
@@ -230,11 +230,6 @@ def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _rounded_shapes(num_rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
-    codes = jax.ShapeDtypeStruct((num_rows, width), jnp.int8)
-    return [codes, jax.ShapeDtypeStruct((num_rows, width // _GROUP, 2), jnp.float32)]
-
-
 # The twins. `rounded`: to bfloat16 and int8 where the kernels round; otherwise nowhere.
 
 
@@ -265,7 +260,7 @@ def decode_twin(
     q, k, v = _prepared(qkv, q_norm[layer], k_norm[layer], cos[at], sin[at], config)
     layer_keys, layer_values = _written((keys[layer], values[layer]), (k, v), tables[active], at, rounded)
     mixed = _attended(q, layer_keys, layer_values, tables[active], at, rounded)
-    return (_rounded(mixed) if rounded else mixed), layer_keys, layer_values
+    return (rounded_values(round_rows(mixed)) if rounded else mixed), layer_keys, layer_values
 
 
 def prepare_twin(
@@ -313,7 +308,7 @@ def prefill_twin(
         return _attended(q, layer_keys, layer_values, table, at, rounded)[0]
 
     mixed = lax.map(token, (q, at))
-    return _rounded(mixed) if rounded else mixed
+    return rounded_values(round_rows(mixed)) if rounded else mixed
 
 
 def _bfloat16(x: Array) -> Array:
@@ -394,20 +389,6 @@ def _segment(q: Array, keys: Array, values: Array, seen: Array, rounded: bool) -
     return highest, shares.sum(axis=-1), product("mkgs,mskh->mkgh", shares, values)
 
 
-def _rounded(x: Array) -> Array:
-    """x [M, width] as int8 codes per 32 stand for it."""
-    groups = x.reshape(x.shape[0], -1, _GROUP)
-    highest = jnp.abs(groups).max(axis=-1, keepdims=True)
-    codes = jnp.round(groups * jnp.where(highest > 0, 127 / highest, 0))
-    return (codes * (highest * jnp.float32(1 / 127))).reshape(x.shape)
-
-
-def decoded(codes: Array, scales: Array) -> Array:
-    """What codes [M, width] and scales [M, width / 32, 2] stand for, float32 [M, width]."""
-    groups = codes.astype(jnp.float32).reshape(*scales.shape[:2], _GROUP)
-    return (groups * scales[..., :1]).reshape(codes.shape)
-
-
 _LAYER = 1
 _PAGE_LENGTH = 64
 _NORM_WIDTH = 0.1
@@ -432,7 +413,7 @@ def _decode_comparisons(config: ModelConfig, seed: int, positions: tuple[int, ..
 
     def kernel(*arrays: Array) -> tuple[Array, ...]:
         codes, scales, keys, values, _ = attend_decode(*arrays, config=config, layer=_LAYER)
-        return decoded(codes, scales), _layer_of(keys), _layer_of(values)
+        return rounded_values(Rounded(codes, scales)), _layer_of(keys), _layer_of(values)
 
     def whole(*arrays: Array) -> tuple[Array, ...]:
         return attend_decode(*arrays, config=config, layer=_LAYER)[:4]
@@ -466,7 +447,7 @@ def _prefill_comparisons(config: ModelConfig, seed: int, start: int, num_tokens:
         return q.astype(jnp.float32), _layer_of(keys), _layer_of(values)
 
     def attended(*arrays: Array) -> Array:
-        return decoded(*attend_prefill(*arrays, config=config, layer=_LAYER))
+        return rounded_values(Rounded(*attend_prefill(*arrays, config=config, layer=_LAYER)))
 
     twin: Callable[..., Any] = partial(prepare_twin, config=config, layer=_LAYER)
     yield Comparison(f"prepare {which}", prepared, twin, partial(twin, rounded=False), tuple(state.values()))

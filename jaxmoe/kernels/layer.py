@@ -19,7 +19,7 @@ from jax import Array
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import matmul, ptx, router
 from jaxmoe.kernels.comparison import Comparison
-from jaxmoe.kernels.matmul import Rounded
+from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_values
 from jaxmoe.kernels.rows import norm_quantise_twin
 from jaxmoe.quants import QuantTensor, empty
 
@@ -240,9 +240,9 @@ def twin(
 
     def normed(x: Array, norms: Array, at: int) -> Array:
         count, eps = jnp.ones(1, jnp.int32), config.norm_eps
-        return matmul.rounded_values(Rounded(*norm_quantise_twin(x, norms, count, eps=eps, layer=at)))
+        return rounded_values(Rounded(*norm_quantise_twin(x, norms, count, eps=eps, layer=at)))
 
-    values, output = matmul.rounded_values(mixed), weights.output
+    values, output = rounded_values(mixed), weights.output
     x = matmul.dense_twin(values, [output.stack], index=index(output), residual=x)
     ids, shares, _ = router.route_twin(
         x, weights.norms, weights.router.stack.codes, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32),
@@ -252,7 +252,7 @@ def twin(
     hidden = matmul.gate_up_twin(
         normed(x, weights.norms, layer), gate.stack, up.stack, ids, index=index(gate)
     )
-    hidden = matmul.rounded_values(matmul.round_rows(hidden))
+    hidden = rounded_values(round_rows(hidden))
     y = matmul.down_twin(hidden, down.stack, ids, index=index(down))
     x = x + jnp.sum(shares.reshape(-1, 1) * y, axis=0)[None]
     if weights.following is None:
@@ -323,9 +323,9 @@ def _comparison(name: str, config: ModelConfig, rng: np.random.Generator, absent
 
     def kernel(fields: matmul.Fields, x: Array, mixed: Array, *rest: Array) -> tuple[Array, Array | None]:
         weights, exchange = given(fields, *rest), new_exchange(config)
-        return run(matmul.round_rows(mixed), x, exchange, weights, config=config, layer=0, turn=0)[:2]
+        return run(round_rows(mixed), x, exchange, weights, config=config, layer=0, turn=0)[:2]
 
     def composed(fields: matmul.Fields, x: Array, mixed: Array, *rest: Array) -> tuple[Array, Array | None]:
-        return twin(matmul.round_rows(mixed), x, given(fields, *rest), config=config, layer=0)
+        return twin(round_rows(mixed), x, given(fields, *rest), config=config, layer=0)
 
     return Comparison(name, kernel, composed, None, arrays)

@@ -20,6 +20,7 @@ from jax import Array, lax
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx, router
 from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_shapes, rounded_values
 from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
 from jaxmoe.quants import QuantTensor, dequantise, empty
 
@@ -79,13 +80,6 @@ class Launch(NamedTuple):
             self.file, self.name, self.defines, arrays, outputs, grid=self.grid,
             threads=int(self.defines["THREADS"]), shared_size=self.shared_size, number=number,
         )  # fmt: skip
-
-
-class Rounded(NamedTuple):
-    """Activations rounded to int8 in groups of 32: codes [T, K] and scales [T, K/32, 2]."""
-
-    codes: Array
-    scales: Array
 
 
 class Row(NamedTuple):
@@ -436,7 +430,7 @@ def gate_up(
     num_rows, num_tiles = inputs.codes.shape[0], groups.tiles.shape[0]
     launch = _gate_up_launch(num_rows, gate, up, experts_per_token, num_tiles)
     arrays = [*inputs, *groups, *_pointers(gate), *_pointers(up)]
-    return Rounded(*launch(arrays, _rounded_shape(num_rows * experts_per_token, gate.shape[-2]), index))
+    return Rounded(*launch(arrays, rounded_shapes(num_rows * experts_per_token, gate.shape[-2]), index))
 
 
 def _gate_up_launch(
@@ -455,13 +449,6 @@ def _gate_up_launch(
 
 def _grouped(num_rows: int) -> Defines:
     return {"GROUPED": 1, "NUM_ROWS": num_rows}
-
-
-def _rounded_shape(num_rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
-    return [
-        jax.ShapeDtypeStruct((num_rows, width), jnp.int8),
-        jax.ShapeDtypeStruct((num_rows, width // 32, 2), jnp.float32),
-    ]
 
 
 def down_of_row(
@@ -505,23 +492,6 @@ def _down_launch(num_rows: int, w: QuantTensor, num_tiles: int) -> Launch:
 
 
 # --- Twins, in plain jax, of activations that are rounded or not.
-
-
-def rounded_values(inputs: Rounded) -> Array:
-    """The activations [T, K] that the codes mean, float32."""
-    codes = inputs.codes.reshape(*inputs.scales.shape[:2], 32).astype(jnp.float32)
-    return (codes * inputs.scales[:, :, :1]).reshape(inputs.codes.shape)
-
-
-def round_rows(x: Array) -> Rounded:
-    """x [T, K] rounded as the kernels do: 127 / max of 32, half to even."""
-    groups = x.reshape(x.shape[0], -1, 32)
-    highest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
-    inverse = jnp.where(highest > 0, jnp.float32(127) / highest, jnp.float32(0))
-    codes = jnp.round(groups * inverse)
-    scale = highest[..., 0] * jnp.float32(1 / 127)
-    sums = scale * jnp.sum(codes, axis=-1)
-    return Rounded(codes.astype(jnp.int8).reshape(x.shape), jnp.stack((scale, sums), axis=-1))
 
 
 def matrix(w: QuantTensor, *index: int | Array) -> Array:

@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from jaxmoe.user_cache import private_directory
+
 logger = logging.getLogger(__name__)
 
 _TARGET: Final = "__gpu$xla.gpu.ptx"
@@ -289,15 +291,8 @@ def _digest(text: str) -> str:
 @cache
 def _directory() -> Path | None:
     """A directory of the user's own for compiled kernels; None, with a warning, where that cannot be had."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = root / "jaxmoe" / "ptx"
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.stat()
+        return private_directory("ptx")
     except (OSError, RuntimeError) as error:
         logger.warning("compiled kernels are not kept: %s", error)
         return None
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        logger.warning("compiled kernels are not kept: %s is another user's, or others may write", directory)
-        return None
-    return directory

@@ -17,9 +17,9 @@ from jax import Array
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx
 from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.kernels.rounding import GROUP, Rounded, round_rows, rounded_shapes, rounded_values
 
 FILE: Final = "rows.cu"
-GROUP: Final = 32
 SEGMENT: Final = 256
 _MANY_ROWS: Final = 64  # from here on a block past the last row ends before it reads
 _VARIANTS: Final = (1, 128)
@@ -39,7 +39,7 @@ def norm_quantise(x: Array, norm: Array, count: Array, *, eps: float, layer: int
         "norm_quantise",
         _defines(rows, width, norm.shape[0], eps),
         (x, norm, count),
-        _rounded_shapes(rows, width),
+        rounded_shapes(rows, width),
         grid=(rows, 1, 1),
         threads=_threads(width),
         number=layer,
@@ -62,7 +62,7 @@ def combine(
         "combine",
         defines,
         (x, y, weights, norm, count),
-        (jax.ShapeDtypeStruct(x.shape, jnp.float32), *_rounded_shapes(rows, width)),
+        (jax.ShapeDtypeStruct(x.shape, jnp.float32), *rounded_shapes(rows, width)),
         grid=(rows, 1, 1),
         threads=_threads(width),
         number=layer,
@@ -79,14 +79,9 @@ def _threads(width: int) -> int:
     return 32 * min(8, width // SEGMENT)
 
 
-def _rounded_shapes(rows: int, width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    scales = jax.ShapeDtypeStruct((rows, width // GROUP, 2), jnp.float32)
-    return jax.ShapeDtypeStruct((rows, width), jnp.int8), scales
-
-
 def norm_quantise_twin(x: Array, norm: Array, count: Array, *, eps: float, layer: int) -> tuple[Array, Array]:
     """What norm_quantise gives, of all rows, in plain jnp."""
-    return _rounded(x * norm[layer][None], _inverse_rms(x, eps))
+    return round_rows(x * norm[layer][None], _inverse_rms(x, eps))
 
 
 def combine_twin(
@@ -95,23 +90,6 @@ def combine_twin(
     """What combine gives, of all rows, in plain jnp."""
     out = _combined(x, y, weights)
     return (out, *norm_quantise_twin(out, norm, count, eps=eps, layer=layer))
-
-
-def values_of(codes: Array, scales: Array) -> Array:
-    """The numbers that codes [T, D] and scales [T, D/32, 2] stand for, float32 [T, D]."""
-    grouped = codes.reshape(*scales.shape[:2], GROUP).astype(jnp.float32)
-    return (grouped * scales[..., :1]).reshape(codes.shape)
-
-
-def _rounded(y: Array, inverse: Array) -> tuple[Array, Array]:
-    """Codes and scales of y [T, D] times inverse [T, 1]."""
-    grouped = y.reshape(y.shape[0], -1, GROUP)
-    highest = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
-    factor = jnp.where(highest > 0, jnp.float32(127) / highest, jnp.float32(0))
-    codes = jnp.round(grouped * factor)
-    scale = highest[..., 0] * jnp.float32(1 / 127) * inverse
-    scales = jnp.stack((scale, scale * jnp.sum(codes, axis=-1)), axis=-1)
-    return codes.astype(jnp.int8).reshape(y.shape), scales
 
 
 def _inverse_rms(x: Array, eps: float) -> Array:
@@ -183,7 +161,7 @@ def _combine_comparison(config: ModelConfig, rng: np.random.Generator, rows: int
 
 
 def _readable(codes: Array, scales: Array) -> tuple[Array, Array]:
-    return values_of(codes, scales), scales[..., 1]
+    return rounded_values(Rounded(codes, scales)), scales[..., 1]
 
 
 def _with_sums(values: Array) -> tuple[Array, Array]:
