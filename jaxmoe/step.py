@@ -417,7 +417,7 @@ def why_without_kernels(config: ModelConfig, cache_dtype: str | None) -> str | N
     limits = {
         f"the widths {widths} must be multiples of 256": all(width % 256 == 0 for width in widths),
         f"a head must have 64 or 128 numbers, not {config.head_dim}": config.head_dim in (64, 128),
-        f"at most 16 heads may share keys, not {group}": group <= 16,
+        f"at most 8 heads may share keys, not {group}": group <= 8,
         f"there may be 256 experts, not {config.num_experts}": config.num_experts <= 256,
         f"a token may have 16 experts, not {config.experts_per_token}": config.experts_per_token <= 16,
         f"the cache must be bfloat16, not {cache_dtype}": cache_dtype in (None, "bfloat16"),

@@ -98,6 +98,17 @@ def test_no_launch_sees_the_numbers_of_another(monkeypatch):
     check(monkeypatch, turns=4)
 
 
+@pytest.mark.parametrize("number", [np.uint32(0xFFFFFFFF).view(np.float32), np.inf, 0.0])
+def test_a_row_that_nobody_wrote_ends_too(number, monkeypatch):
+    """A launch that warms a step up runs on whatever lies there, and its blocks wait for each other."""
+    use_blocks(monkeypatch, 12)
+    weights, (mixed, x) = make_weights(CONFIG, MIXTURE), inputs(CONFIG)
+    mixed, x = mixed._replace(scales=jnp.full_like(mixed.scales, number)), jnp.full_like(x, number)
+    exchange = layer.new_exchange(CONFIG)
+    found, *_ = layer.run(mixed, x, exchange, weights, config=CONFIG, layer=66, turn=0)
+    assert found.shape == x.shape
+
+
 def test_experts_that_do_not_fit_beside_gate_and_up_come_later(monkeypatch):
     monkeypatch.setattr(layer, "_early", lambda *_: (1, 200 << 10))
     check(monkeypatch, blocks=9, at=0)

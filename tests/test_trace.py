@@ -12,7 +12,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import read_gguf
 from tools import trace
 from tools.roofline import cache_row_size, device_sizes, part_sizes
-from tools.trace import Event, Part, accepts, decode_sizes, prefill_sizes, profile, self_times
+from tools.trace import Event, Part, accepts, decode_sizes, fused_sizes, prefill_sizes, profile, self_times
 
 # A=1 of E=4 experts, two layers of one kind each
 SIZES = {
@@ -96,9 +96,16 @@ def test_what_a_decode_step_reads() -> None:
 
 
 def test_what_one_launch_a_layer_reads() -> None:
-    found = decode_sizes(CONFIG, SIZES, streams=1, context=1, itemsize=2)
+    sizes = decode_sizes(CONFIG, SIZES, streams=1, context=1, itemsize=2)
+    assert fused_sizes(sizes, ["qkv", "down", "layering"], 1, CONFIG.num_layers) == sizes
+    found = fused_sizes(sizes, ["qkv", "layer", "attend_decode", "layer_1"] * 3, 3, CONFIG.num_layers)
     # half of 35 for the first layer's qkv; the rest, and a quarter of the experts
     assert (found["qkv"], found["layer"]) == (17.5, 17.5 + 7 + 4 + 560 / 4)
+    assert "down" not in found
+    # one layer of two: nobody knows which part read what
+    some = fused_sizes(sizes, ["qkv", "layer", "down"], 1, CONFIG.num_layers)
+    assert not {"qkv", "layer", "down"} & some.keys()
+    assert some["lm_head"] == 500
 
 
 def test_what_a_prefill_in_two_chunks_reads() -> None:

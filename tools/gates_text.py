@@ -74,7 +74,7 @@ def _spelt_by_chance(trial: Trial) -> Iterator[tuple[str, Fields]]:
     """Texts of nothing but the four bytes of an emoji, in any order: one place in 256 starts a whole one."""
     ids = [] if trial.target.vocabulary is None else trial.target.vocabulary.byte_ids("\U0001f600")
     sampled: Fields = {"temperature": 1, "max_tokens": trial.limits["max_tokens"], "to_limit": True}
-    for seed in range(1, MORE_TEXTS if ids else 0):
+    for seed in range(1, MORE_TEXTS + 1 if ids else 0):
         forced = {"logit_bias": {str(token_id): 100 for token_id in ids}}
         yield trial.target.text_of(16), {**sampled, **forced, "seed": seed}
 

@@ -155,17 +155,26 @@ def decode_sizes(
 ) -> dict[str, float]:
     """Bytes that each part reads in a decode step of so many streams with `context` tokens in the cache."""
     cache = streams * context * cache_row_size(config, itemsize)
-    parts = part_sizes(weights, config, [streams])
-    if streams == 1:
-        parts |= _fused_sizes(parts, config.num_layers)
-    return {**_unsized(), **parts, "attend_decode": cache}
+    return {**_unsized(), **part_sizes(weights, config, [streams]), "attend_decode": cache}
 
 
-def _fused_sizes(parts: Mapping[str, float], num_layers: int) -> dict[str, float]:
-    """Of one row where the kernel `layer` runs: it reads all but the first layer's qkv."""
-    first = parts["qkv"] / num_layers
-    fused = sum(parts[name] for name in ("qkv", "attn_output", "router", "gate_up", "down"))
-    return {"qkv": first, "layer": fused - first}
+def fused_sizes(
+    sizes: Mapping[str, float], names: Iterable[str], steps: int, num_layers: int
+) -> dict[str, float]:
+    """The same of one row where the kernel `layer` ran: in all layers it reads all but the first one's qkv.
+
+    `names` are the kernels of `steps` steps. Where some layers ran so and some not, what each part read is
+    not known, and these parts are left out.
+    """
+    num_fused = sum(part_of(name, {"layer": 0.0}) == "layer" for name in names) / steps
+    if not num_fused:
+        return dict(sizes)
+    products = ("qkv", "attn_output", "router", "gate_up", "down")
+    rest = {name: size for name, size in sizes.items() if name not in products}
+    if num_fused != num_layers:
+        return rest
+    first = sizes["qkv"] / num_layers
+    return {**rest, "qkv": first, "layer": sum(sizes[name] for name in products) - first}
 
 
 def prefill_sizes(
@@ -204,7 +213,9 @@ def take_profiles(
         player.decode(slots, num_steps)
     titles = f"prefill of {prompt_tokens} tokens", f"a decode step of {steps.num_slots} streams"
     lines = read_lines(out / "prefill"), read_lines(out / "decode")
-    return [profile(titles[0], lines[0], 1, sizes[0]), profile(titles[1], lines[1], num_steps, sizes[1])]
+    names = [event.name for line in lines[1] for event in line]
+    of_decode = fused_sizes(sizes[1], names, num_steps, steps.config.num_layers)
+    return [profile(titles[0], lines[0], 1, sizes[0]), profile(titles[1], lines[1], num_steps, of_decode)]
 
 
 @contextmanager

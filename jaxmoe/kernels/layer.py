@@ -19,12 +19,12 @@ from jax import Array
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import matmul, ptx, router
 from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.kernels.matmul import SEGMENT
 from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_values
 from jaxmoe.kernels.rows import norm_quantise_twin
 from jaxmoe.quants import QuantTensor, empty
 
 FILE: Final = "layer_row.cu"
-SEGMENT: Final = 256
 _THREADS: Final = 384
 _UNIT: Final = 8  # rows whose scales are whole pieces of 16 bytes in every format
 _MOST_TURNS: Final = 4  # segments of a row, and experts of the router, that a warp keeps in registers
@@ -131,6 +131,8 @@ def _share(weights: LayerWeights, config: ModelConfig) -> _Share | None:
     following = [placed.stack.shape[-2] for placed in weights.products[4:]]
     next_rows = _next_rows(following, blocks)
     if pairs is None or next_rows is None or turns * block_experts > _MOST_TURNS:
+        return None
+    if max(rows, next_rows) > _THREADS:  # a thread adds up one row
         return None
     defines: Defines = {"ROWS": rows, "BLOCK_EXPERTS": block_experts, **pairs}
     grid = max(

@@ -40,7 +40,7 @@ _TRIAL_NUMBER: Final = 7
 
 
 class KernelError(RuntimeError):
-    """A kernel that NVRTC does not compile, or NVRTC itself missing."""
+    """A kernel that NVRTC does not compile or that needs more shared memory than there is, or no NVRTC."""
 
 
 def launch(

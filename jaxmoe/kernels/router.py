@@ -1,8 +1,8 @@
 """The router: each token's A best experts and their weights; and (token, expert) pairs grouped by expert.
 
-The kernels are in router.cu. `counters` is int32 [4096], zero before and after each kernel; the router uses
-counters[i] for the i-th tile of tokens, grouping uses none. Three kernels route: one row, few rows and many;
-they give the same bits.
+The kernels are in router.cu. `counters` is int32 [NUM_COUNTERS], zero before and after each kernel that has
+it, attention's too; the router uses counters[i] for the i-th tile of tokens, grouping uses none. Three
+kernels route: one row, few rows and many; they give the same bits.
 """
 
 from __future__ import annotations
