@@ -23,6 +23,7 @@ ORDER = [
         "parsers",
         "constraint",
         "pages",
+        "user_cache",
         "quants",
         "kernels",
     ),
