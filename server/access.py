@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 from quart import Request
 
 from server.errors import Failure
+from server.page import FILES
 from server.settings import Settings
 
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
-OPEN_PATHS: Final = ("/health",)
+OPEN_PATHS: Final = frozenset({"/health", *FILES})
 
 
 def check_access(request: Request, settings: Settings) -> None:

@@ -16,6 +16,7 @@ from server import lifetime
 from server.access import check_access
 from server.backend import Backend, Load, load_llm
 from server.errors import LOG, failure_of
+from server.page import add_page
 from server.routes import Call, Service, add_routes, json_response
 from server.schema import MAX_BODY_SIZE
 from server.settings import SettingError, Settings, read_settings
@@ -35,6 +36,7 @@ def create_app(settings: Settings | None = None, *, load: Load = load_llm) -> Qu
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_SIZE
     service = Service(settings or Settings(), Backend(load))
     add_routes(app, service)
+    add_page(app)
     _add_checks(app, service)
     _add_start_and_stop(app, service, read=settings is None)
     app.asgi_app = _around_requests(app.asgi_app, service)  # type: ignore[assignment,method-assign]
