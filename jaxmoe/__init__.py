@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from jaxmoe.config import EngineConfig
+    from jaxmoe.demo import demo_model
+    from jaxmoe.display import PhaseBars, parse_size
     from jaxmoe.llm import LLM, Event, GenerateResult, Generation, Timings
+    from jaxmoe.profiler import keep_command_buffers, profile
     from jaxmoe.request import (
         MAX_TOP_LOGPROBS,
         EngineStats,
@@ -33,12 +36,17 @@ __all__ = [
     "FinishReason",
     "GenerateResult",
     "Generation",
+    "PhaseBars",
     "QueueFull",
     "Request",
     "RequestError",
     "SamplingParams",
     "Timings",
     "TokenLogprobs",
+    "demo_model",
+    "keep_command_buffers",
+    "parse_size",
+    "profile",
 ]
 
 _HOMES: Final = {
@@ -57,6 +65,11 @@ _HOMES: Final = {
     "RequestError": "request",
     "SamplingParams": "request",
     "TokenLogprobs": "request",
+    "PhaseBars": "display",
+    "demo_model": "demo",
+    "keep_command_buffers": "profiler",
+    "parse_size": "display",
+    "profile": "profiler",
 }
 
 

@@ -77,7 +77,7 @@ class ModelConfig:
     @staticmethod
     def from_gguf(file: GGUFFile) -> ModelConfig:
         """Read the configuration; a missing or absurd key raises GGUFError, which names it."""
-        arch = _read_architecture(file)
+        arch = read_architecture(file)
         sizes = {name: file.get_int(f"{arch}.{key}", low=1, high=high) for name, key, high in _INT_KEYS}
         _check_sizes(file, arch, sizes)
         return ModelConfig(
@@ -90,7 +90,8 @@ class ModelConfig:
         )
 
 
-def _read_architecture(file: GGUFFile) -> str:
+def read_architecture(file: GGUFFile) -> str:
+    """The architecture's name in the file; GGUFError for one that is not supported."""
     arch = file.get_str("general.architecture")
     if arch in ARCHITECTURES:
         return arch

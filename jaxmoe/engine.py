@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+from jax.profiler import TraceAnnotation
 
 from jaxmoe.cache import KVCache
 from jaxmoe.config import MAX_PAGE_LENGTH, EngineConfig, ModelConfig
@@ -244,23 +244,30 @@ class Engine:
         assert step or flown or self._scheduler.is_idle, "requests wait and nothing can be launched"
         try:
             self._in_flight = None if step is None else (step, self._launch(step))
-            tokens = [] if flown is None else flown[1].read()
+            tokens = [] if flown is None else self._read(flown[1])
         except Exception:
             self._fail_running()
         else:
             if flown is not None:
                 self._take_inbox(wait=False)  # who was cancelled during the step gets no token of it
-                self._deliver(flown[0], tokens)
+                with TraceAnnotation("deliver"):
+                    self._deliver(flown[0], tokens)
         self._publish()
         if flown is not None or self._has_called_back:
             self._call_after_step()
 
     def _launch(self, step: Step) -> Pending:
         if isinstance(step, Decode):
-            return self._steps.decode(step)
-        if step.start == 0:
-            self._admit(step.slot)
-        return self._steps.prefill(step)
+            with TraceAnnotation("launch decode", slots=len(step.slots)):
+                return self._steps.decode(step)
+        with TraceAnnotation("launch prefill", tokens=len(step.token_ids)):
+            if step.start == 0:
+                self._admit(step.slot)
+            return self._steps.prefill(step)
+
+    def _read(self, pending: Pending) -> list[SampledToken]:
+        with TraceAnnotation("read"):
+            return pending.read()
 
     def _admit(self, slot: int) -> None:
         stream = self._scheduler.stream_in(slot)
@@ -376,7 +383,7 @@ def load_engine(
         config,
         engine_config,
         weights_size=device_weights_size(file, config),
-        memory_size=_memory_size(),
+        memory_size=device_memory_size(),
         on_cpu=jax.default_backend() == "cpu",
         kernels=without_kernels is None,
     )
@@ -385,7 +392,6 @@ def load_engine(
         config,
         context_length=shapes.context_length,
         progress=lambda share: progress("loading", share),
-        show_bar=sys.stderr.isatty(),
     )
     plain = replace(shapes, kernels=False, prefill_chunk=prefill_chunk(engine_config, kernels=False))
     steps, refused = _warm_steps(model, config, shapes, plain, lambda share: progress("compiling", share))
@@ -498,7 +504,7 @@ def workspace_size(config: ModelConfig, engine_config: EngineConfig, *, kernels:
     return _FIXED_WORKSPACE_SIZE + sampling + rows + logits + rope + partials
 
 
-def _memory_size() -> int:
+def device_memory_size() -> int:
     """Bytes of the device's memory that JAX may use; of the machine's or container's where that is a CPU."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:

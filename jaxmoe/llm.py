@@ -402,7 +402,7 @@ class LLM:
         file = read_gguf(path)
         self.config = ModelConfig.from_gguf(file)
         self.tokenizer = Tokenizer.from_gguf(file)
-        self.sampling_defaults = _read_sampling_defaults(file)
+        self.sampling_defaults = read_sampling_defaults(file)
         self._template = ChatTemplate.from_gguf(file, self.tokenizer)
         self._fresh: dict[Generation, None] = {}
         self._on_stopped: Callable[[], None] | None = None
@@ -473,12 +473,18 @@ class LLM:
         return ids if bos_id is None or ids[:1] == [bos_id] else [bos_id, *ids]
 
     def encode_chat(
-        self, messages: list[dict[str, Any]], *, enable_thinking: bool | None = None
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
     ) -> list[int]:
-        """Ids of a conversation in the file's own template, ready for the assistant's answer."""
-        if enable_thinking is None:
-            return self._template.encode(messages)
-        return self._template.encode(messages, enable_thinking=enable_thinking)
+        """Ids of a conversation in the file's own template, ready for the assistant's answer.
+
+        `tools` are OpenAI's function tools; the model's calls come as text, in the template's own format.
+        """
+        switches = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        return self._template.encode(messages, tools=tools, **switches)
 
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, loop: Loop, n: int = 1
@@ -600,7 +606,7 @@ def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
     return replace(params, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
 
 
-def _read_sampling_defaults(file: GGUFFile) -> Mapping[str, float]:
+def read_sampling_defaults(file: GGUFFile) -> Mapping[str, float]:
     """The sampling parameters that the file recommends, by SamplingParams' names, but for unusable ones."""
     found: dict[str, float] = {}
     for name, key in _SAMPLING_KEYS:

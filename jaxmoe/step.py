@@ -319,6 +319,7 @@ class Steps:
             *(("prefill", num_tokens) for num_tokens in shapes.prefill_buckets),
             *(("decode", num_slots) for num_slots in shapes.decode_buckets),
         ]
+        progress(0.0)
         with ThreadPoolExecutor(min(len(buckets), os.cpu_count() or 1)) as threads:
             compiling = [threads.submit(self._executable, *bucket) for bucket in buckets]
             for done, _ in enumerate(as_completed(compiling), start=1):
@@ -412,6 +413,11 @@ def _idle_slots(num_slots: int, vocab_size: int) -> Slots:
 
 def why_without_kernels(config: ModelConfig, cache_dtype: str | None) -> str | None:
     """Why the CUDA kernels cannot run this network on jax's default device, in one sentence, or None."""
+    return ptx.unavailable() or unfit_for_kernels(config, cache_dtype)
+
+
+def unfit_for_kernels(config: ModelConfig, cache_dtype: str | None) -> str | None:
+    """Why the CUDA kernels cannot run this network on any device, in one sentence, or None."""
     widths = config.d_model, config.expert_width, config.num_heads * config.head_dim
     group = config.num_heads // config.num_kv_heads
     limits = {
@@ -423,7 +429,7 @@ def why_without_kernels(config: ModelConfig, cache_dtype: str | None) -> str | N
         f"the cache must be bfloat16, not {cache_dtype}": cache_dtype in (None, "bfloat16"),
     }
     broken = [limit for limit, holds in limits.items() if not holds]
-    return ptx.unavailable() or (broken[0] if broken else None)
+    return broken[0] if broken else None
 
 
 def use_compilation_cache() -> None:

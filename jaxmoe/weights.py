@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import Array, lax
-from tqdm import tqdm
 
 from jaxmoe.attention import Attention, rope_tables
 from jaxmoe.config import ModelConfig
@@ -139,7 +138,6 @@ def load_model(
     context_length: int,
     layout: Layout | None = None,
     progress: Progress = lambda _: None,
-    show_bar: bool = False,
 ) -> Decoder:
     """Build the Decoder, tensor by tensor; `progress` gets the share of bytes loaded, 0..1.
 
@@ -148,16 +146,12 @@ def load_model(
     """
     tensors = _Tensors(file, config)
     total = sum(tensor.size for tensor in tensors)
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not show_bar) as bar,
-        ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads,
-    ):
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         loaded = 0
 
         def advance(size: int) -> None:
             nonlocal loaded
             loaded += size
-            bar.update(size)
             progress(loaded / total)
 
         chosen = layout or default_layout()

@@ -11,26 +11,24 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final, Literal
 
-from jaxmoe import LLM, EngineStopped
+from jaxmoe import LLM, EngineStopped, PhaseBars, demo_model, keep_command_buffers
 from server.errors import LOG, Failure
-from server.settings import SettingError, Settings
+from server.settings import Settings
 
 Progress = Callable[[str, float], None]
 Load = Callable[[Settings, Progress], LLM]
 
 GIVE_UP_SECONDS: Final = 2.0
 
-NO_MODEL = (
-    "no model is named: give the path of a GGUF file (JAXMOE_MODEL, or python -m server MODEL.gguf); "
-    "python -m tools.synth_gguf writes a small one to try"
-)
-
 
 def load_llm(settings: Settings, progress: Progress) -> LLM:
-    """Load the model that the settings name."""
+    """Load the model that the settings name, or else the embedded one."""
+    path = settings.model or demo_model()
     if settings.model is None:
-        raise SettingError(NO_MODEL)
-    llm = LLM(settings.model, settings.engine, progress)
+        LOG.info("no model is named (jaxmoe serve MODEL.gguf, or JAXMOE_MODEL): serving the demo model")
+    if settings.profile_dir is not None:
+        keep_command_buffers()
+    llm = LLM(path, settings.engine, progress)
     _freeze_garbage_collector()
     return llm
 
@@ -53,6 +51,8 @@ class Backend:
         self.progress = 0.0
         self.error: str | None = None
         self._load = load
+        self._url: str | None = None
+        self._bars = PhaseBars(LOG.info)
         self._llm: LLM | None = None
         self._thread: threading.Thread | None = None
 
@@ -70,6 +70,7 @@ class Backend:
     def start(self, settings: Settings, on_failure: Callable[[], None]) -> None:
         """Load in a thread; `on_failure` is called on the event loop when that fails, or the engine later."""
         loop = asyncio.get_running_loop()
+        self._url = settings.url
 
         def call_soon(call: Callable[[], None]) -> None:
             with suppress(RuntimeError):  # the loop is closed: the process ends anyway
@@ -94,6 +95,7 @@ class Backend:
 
     def fail(self, error: Exception) -> None:
         """Nothing can be served any more; an error of the program itself is logged with its trace."""
+        self._bars.close()
         is_ours = not isinstance(error, ValueError | OSError)
         self.status, self.error = "error", str(error) or type(error).__name__
         LOG.error("the server failed: %s", self.error, exc_info=error if is_ours else None)
@@ -126,7 +128,7 @@ class Backend:
         self._llm = llm
         if self.status == "loading":
             self.status, self.phase, self.progress = "ok", "ready", 1.0
-            LOG.info("serving %s", llm.model_id)
+            LOG.info("serving %s%s", llm.model_id, f": chat at {self._url}" if self._url else "")
             llm.when_stopped(on_stopped)
         else:
             llm.close()
@@ -134,8 +136,7 @@ class Backend:
     def _report(self, phase: str, progress: float) -> None:
         if self.status != "loading":
             raise _GivenUp
-        if phase != self.phase:
-            LOG.info("%s", phase)
+        self._bars(phase, progress)
         self.phase, self.progress = phase, round(progress, 4)
 
 

@@ -6,38 +6,46 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from quart import Quart, Response, request
 
 from jaxmoe import LLM, Event, Generation, RequestError, SamplingParams
 from server.backend import Backend
 from server.errors import Failure
+from server.profiler import Recording, read_seconds
 from server.replies import ChatReply, CompletionReply, Reply, check_event, to_json
 from server.schema import Body, read_chat, read_completion
 from server.settings import Settings
 from server.sse import CONTENT_TYPE, stream
 
 
+class Cancellable(Protocol):
+    """What a request has begun; it can be ended from any thread, any number of times."""
+
+    def cancel(self, reason: str = ...) -> None:
+        """End it soon."""
+
+
 @dataclass(eq=False)
 class Call:
-    """One HTTP request: its id and the generations that must not outlive it."""
+    """One HTTP request: its id and what must not outlive it."""
 
     request_id: str
     cancelled: str | None = None
-    generations: list[Generation] = field(default_factory=list)
+    under_way: list[Cancellable] = field(default_factory=list)
 
-    def add(self, generation: Generation) -> None:
-        """Take a generation, which ends at once if the request has been cancelled before."""
-        self.generations.append(generation)
+    def add(self, begun: Cancellable) -> None:
+        """Take what has begun, which ends at once if the request has been cancelled before."""
+        self.under_way.append(begun)
         if self.cancelled is not None:
-            generation.cancel(self.cancelled)
+            begun.cancel(self.cancelled)
 
     def cancel(self, reason: str = "the client has left") -> None:
         """End what still runs, and what is added from now on."""
         self.cancelled = reason
-        for generation in self.generations:
-            generation.cancel(reason)
+        for begun in self.under_way:
+            begun.cancel(reason)
 
 
 @dataclass
@@ -81,6 +89,10 @@ def add_routes(app: Quart, service: Service) -> None:
     async def completions() -> Response:
         return await _generate(service, read_completion, CompletionReply)
 
+    @app.post("/debug/profile")
+    async def profile() -> Response:
+        return json_response(await _record(service))
+
 
 def _model(service: Service) -> dict[str, Any]:
     llm = service.backend.llm
@@ -113,6 +125,17 @@ async def _generate(service: Service, read: Callable[[bytes], Body], reply_class
     if body.stream:
         return await _streamed(generation, reply, service.settings.ping_seconds)
     return json_response(reply.whole(await _all_events(generation)))
+
+
+async def _record(service: Service) -> dict[str, Any]:
+    directory = service.settings.profile_dir
+    if directory is None:
+        raise Failure(404, "no traces are taken here: see JAXMOE_PROFILE_DIR")
+    _ = service.backend.llm  # without a model there is nothing to see
+    recording = Recording(read_seconds(request.args))
+    call: Call = request.scope["jaxmoe.call"]  # type: ignore[typeddict-item]
+    call.add(recording)
+    return await asyncio.to_thread(recording.take, directory)
 
 
 def _check_content_type() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from jaxmoe import EngineConfig, SamplingParams
-
-_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+from jaxmoe import EngineConfig, SamplingParams, parse_size
 
 
 class SettingError(ValueError):
@@ -19,21 +18,24 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """The server's settings.
+    """The server's settings; without a `model` the embedded demo model is served.
 
-    Times are in seconds, `write_size` in bytes. `ping_seconds` 0 sends no pings; `sampling` holds the
-    operator's sampling defaults by SamplingParams' names; `write_size` and `write_seconds` bound what a
-    client leaves unread, and for how long.
+    Times are in seconds, `write_size` in bytes. `url` is where a browser finds the server, if that is
+    known. `ping_seconds` 0 sends no pings; `sampling` holds the operator's sampling defaults by
+    SamplingParams' names; `write_size` and `write_seconds` bound what a client leaves unread, and for how
+    long; `profile_dir` is where traces go, None takes none.
     """
 
     model: str | None = None
     model_id: str | None = None
+    url: str | None = None
     api_key: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = ()
     ping_seconds: float = 15.0
     grace_seconds: float = 5.0
     write_seconds: float = 30.0
     write_size: int = 1 << 18
+    profile_dir: Path | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -51,12 +53,6 @@ def _seconds(value: str) -> float:
     if not (isfinite(seconds) and seconds >= 0):
         raise ValueError(value)
     return seconds
-
-
-def _size(value: str) -> int:
-    digits = value.upper().removesuffix("B").removesuffix("I")
-    unit = _UNITS.get(digits[-1:], 1)
-    return int(digits[:-1] if unit > 1 else digits) * unit
 
 
 def _switch(value: str) -> bool:
@@ -80,15 +76,16 @@ class Option:
 
 
 OPTIONS: Final = (
-    Option("JAXMOE_MODEL", "", "model", _text, "the path of a GGUF file"),
+    Option("JAXMOE_MODEL", "", "model", _text, "the path of a GGUF file, by default the embedded demo model"),
     Option("JAXMOE_MODEL_ID", "", "model_id", _text, "the name that responses carry"),
     Option("JAXMOE_API_KEY", "", "api_key", _text, "the key that requests must bring"),
     Option("JAXMOE_ALLOWED_HOSTS", "", "allowed_hosts", _names, "host names, separated by commas"),
     Option("JAXMOE_PING_SECONDS", "", "ping_seconds", _seconds, "seconds of silence, 0 is off"),
     Option("JAXMOE_GRACE_SECONDS", "", "grace_seconds", _seconds, "seconds streams get at shutdown"),
+    Option("JAXMOE_PROFILE_DIR", "", "profile_dir", Path, "a directory for POST /debug/profile, off without"),
     Option("JAXMOE_CONTEXT_LENGTH", "engine", "context_length", int, "a number of tokens"),
     Option("JAXMOE_SLOTS", "engine", "num_slots", int, "a number of requests that run together"),
-    Option("JAXMOE_CACHE_SIZE", "engine", "cache_size", _size, "bytes, or a size such as 4GiB"),
+    Option("JAXMOE_CACHE_SIZE", "engine", "cache_size", parse_size, "bytes, or a size such as 4GiB"),
     Option("JAXMOE_CACHE_DTYPE", "engine", "cache_dtype", _text, "float32 or bfloat16"),
     Option(
         "JAXMOE_PREFILL_CHUNK",

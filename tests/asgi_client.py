@@ -57,6 +57,7 @@ class Exchange:
         self.may_write.set()
         self.inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.inbox.put_nowait({"type": "http.request", "body": raw, "more_body": False})
+        path, _, query = path.partition("?")
         scope = {
             "type": "http",
             "http_version": "1.1",
@@ -65,7 +66,7 @@ class Exchange:
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in sent.items() if value],
             "client": ("127.0.0.1", 50000),

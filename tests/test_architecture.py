@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
+    *("display", "demo", "hub", "pull"),
     *(
         "request",
         "gguf",
@@ -24,11 +25,13 @@ ORDER = [
         "constraint",
         "pages",
         "user_cache",
+        "profiler",
         "quants",
         "kernels",
     ),
     *("cache", "layers", "attention", "moe", "model", "weights", "sampling", "step", "scheduler", "engine"),
     "llm",
+    *("inspect_file", "terminal", "cli", "__main__"),
 ]
 WITHOUT_JAX = [*takewhile(lambda name: name != "quants", ORDER), "scheduler"]
 MODULES = {
@@ -99,6 +102,10 @@ def public_names() -> set[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     return set(ast.literal_eval(names))
+
+
+def test_only_the_command_says_the_server() -> None:
+    assert {path for path in who_says(r"^server\b") if path.startswith("jaxmoe/")} == {"jaxmoe/cli.py"}
 
 
 def test_only_step_and_weights_say_jit() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +22,11 @@ from tools.synth_gguf import PRESETS, plan_tensors
 
 KEYS = {
     "what", "streams", "prompt_tokens", "context", "tok_per_s", "ttft_ms", "gap_ms_p50", "gap_ms_p95",
-    "gb_per_s", "device_gb_per_s", "floor_share", "dispatch_us", "engine_share", "start_s",
+    "gap_ms_p99", "gb_per_s", "device_gb_per_s", "floor_share", "dispatch_us", "engine_share", "start_s",
 }  # fmt: skip
 DECODE = KEYS - {"engine_share", "start_s"}
 HTTP_DECODE = KEYS - {"dispatch_us", "start_s"}
-PREFILL = DECODE - {"gap_ms_p50", "gap_ms_p95", "dispatch_us"}
+PREFILL = DECODE - {"gap_ms_p50", "gap_ms_p95", "gap_ms_p99", "dispatch_us"}
 TTFT = {"what", "streams", "prompt_tokens", "context", "ttft_ms"}
 HTTP_STARTUP = {"what", "context", "start_s"}
 STARTUP = {"what", "context", "load_s", "compile_s", "host_peak_bytes", "host_peak_is", "device_bytes"}
@@ -98,7 +100,7 @@ def test_a_chunk_of_several_tokens_counts_as_several() -> None:
     stream = Timed(0.0, [(1.0, 1), (1.1, 1), (1.5, 3)])
     figures = bench.decode_figures([stream], 16)
     assert figures["tok_per_s"] == pytest.approx(8.0)
-    assert figures["gap_ms_p50"] == pytest.approx(250.0)
+    assert [figures[f"gap_ms_p{share}"] for share in (50, 95, 99)] == pytest.approx([250.0, 385.0, 397.0])
 
 
 def test_streams_that_did_not_run_together_have_no_rate() -> None:
@@ -257,10 +259,40 @@ def test_the_copy_is_one() -> None:
     assert roofline.measure_bandwidth(1 << 16) > 0
 
 
-@pytest.mark.parametrize("wrong", ["--what=decoding", "--streams=0", "--streams=1,x", "--new-tokens=2"])
+def test_a_trace_is_of_one_more_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Path | None, tuple[int, int]]] = []
+    taking: Path | None = None
+
+    @contextmanager
+    def profile(directory: Path) -> Iterator[None]:
+        nonlocal taking
+        taking = directory
+        yield
+        taking = None
+
+    def run(prompts: list[list[int]], max_tokens: int) -> list[Timed]:
+        seen.append((taking, (len(prompts), max_tokens)))
+        return []
+
+    monkeypatch.setattr(bench, "profile", profile)
+    cases = [
+        Case("decode", 2, 9, 5),
+        Case("prefill", 2, 9, 1),
+        Case("decode", 3, 9, 7),
+        Case("decode", 1, 8, 6),
+    ]
+    found = [Measured(case, 99, {}, failed="no room" if case.streams == 3 else None) for case in cases]
+    bench.take_profiles(found, run, tmp_path, vocab_size=9)
+    assert seen == [(tmp_path / "decode-2x9", (2, 5)), (tmp_path / "decode-1x8", (1, 6))]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--profile=out --what=prefill", "--what=decoding", "--streams=0", "--streams=1,x", "--new-tokens=2"],
+)
 def test_a_wrong_argument_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench.main(["model.gguf", wrong])
+        bench.main(["model.gguf", *wrong.split()])
     assert stopped.value.code == 2
     assert wrong.split("=")[0] in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jaxmoe import EngineConfig, Event, Generation, QueueFull, RequestError, SamplingParams, TokenLogprobs
 from jaxmoe.engine import Engine
 from jaxmoe.gguf import GGUFFile
-from jaxmoe.llm import LLM, MAX_UNREAD_EVENTS, StopMatcher, Transcript, _read_sampling_defaults
+from jaxmoe.llm import LLM, MAX_UNREAD_EVENTS, StopMatcher, Transcript, read_sampling_defaults
 from jaxmoe.tokenizer import TextStream, Tokenizer
 
 END = 507  # <|im_end|> of the tiny vocabulary
@@ -504,7 +504,7 @@ def test_a_plain_prompt_is_parsed_and_a_message_is_not(llm: LLM) -> None:
     assert ids.count(END) == 1, "the template's own"
 
 
-def test_enable_thinking_reaches_the_template(llm: LLM) -> None:
+def test_tools_and_enable_thinking_reach_the_template(llm: LLM) -> None:
     given_switches: list[dict[str, object]] = []
 
     class Template:
@@ -516,16 +516,17 @@ def test_enable_thinking_reaches_the_template(llm: LLM) -> None:
         patch.setattr(llm, "_template", Template())
         for switch in (None, False, True):
             llm.encode_chat([], enable_thinking=switch)
-    assert given_switches == [{}, {"enable_thinking": False}, {"enable_thinking": True}]
+        llm.encode_chat([], tools=[{"type": "function"}])
+    thinking = [{}, {"enable_thinking": False}, {"enable_thinking": True}]
+    expected = [{"tools": None, **switches} for switches in thinking]
+    assert given_switches == [*expected, {"tools": [{"type": "function"}]}]
 
 
 def test_sampling_defaults_come_from_the_file() -> None:
     metadata = {"general.sampling.temp": 0.6, "general.sampling.top_k": 20, "general.sampling.top_p": 0.95}
     file = GGUFFile(Path("m.gguf"), metadata, {})
-    assert _read_sampling_defaults(file) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    (top_k,) = _read_sampling_defaults(
-        GGUFFile(Path("m.gguf"), {"general.sampling.top_k": 20.0}, {})
-    ).values()
+    assert read_sampling_defaults(file) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (top_k,) = read_sampling_defaults(GGUFFile(Path("m.gguf"), {"general.sampling.top_k": 20.0}, {})).values()
     assert (top_k, type(top_k)) == (20, int)
 
 
@@ -545,7 +546,7 @@ def test_an_unusable_sampling_default_is_skipped_and_named(
     key: str, value: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     metadata = {f"general.sampling.{key}": value, "general.sampling.min_p": 0.1}
-    assert _read_sampling_defaults(GGUFFile(Path("m.gguf"), metadata, {})) == {"min_p": 0.1}
+    assert read_sampling_defaults(GGUFFile(Path("m.gguf"), metadata, {})) == {"min_p": 0.1}
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert f"general.sampling.{key}" in record.message

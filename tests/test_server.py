@@ -18,7 +18,7 @@ from asgi_client import DISCONNECT, Exchange, health_when, until
 from fake_model import fake_llm, script
 from quart import Quart
 
-from jaxmoe import EngineConfig
+from jaxmoe import EngineConfig, demo
 from jaxmoe.llm import LLM
 from server import backend, lifetime
 from server.app import BoundedSend, create_app
@@ -352,14 +352,34 @@ def test_a_loaded_model_is_left_out_of_garbage_collections(monkeypatch: pytest.M
     assert frozen == [0, 1]
 
 
-async def test_no_model_is_said_with_the_way_to_get_one(
-    ended: list[int | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_a_model_the_demo_model_is_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(backend, "_freeze_garbage_collector", lambda: None)
+    monkeypatch.setattr(backend, "demo_model", lambda: Path("demo.gguf"))
+    monkeypatch.setattr(backend, "LLM", lambda *args: loaded.append(args[0]))
+    with caplog.at_level("INFO"):
+        backend.load_llm(Settings(model="a.gguf"), lambda phase, progress: None)
+        assert "demo model" not in caplog.text
+        backend.load_llm(Settings(), lambda phase, progress: None)
+    assert loaded == ["a.gguf", Path("demo.gguf")]
+    assert "serving the demo model" in caplog.text
+
+
+async def test_a_missing_demo_model_is_said(
+    ended: list[int | None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.delenv("JAXMOE_MODEL", raising=False)
+    monkeypatch.setattr(demo, "_FILE", tmp_path / "demo.gguf")
     app = create_app()
     async with app.test_app():
         await health_when(app, lambda health: health["status"] == "error")
-    assert "python -m tools.synth_gguf" in caplog.text
+    assert f"the embedded demo model is not there ({tmp_path / 'demo.gguf'})" in caplog.text
+    assert "Traceback" not in caplog.text
     assert ended[-1] == 1
 
 

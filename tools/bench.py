@@ -1,7 +1,8 @@
 """Measure startup, prefill, decode and time to first token: the engine alone, and through HTTP.
 
 `python -m tools.bench MODEL.gguf [--goals | --what decode,prefill,http_decode,http_ttft,startup,http_startup]
-[--streams 1,4,8] [--prompt-tokens 128,512] [--context N] [--new-tokens N] [--repeats N] [--out FILE.json]`
+[--streams 1,4,8] [--prompt-tokens 128,512] [--context N] [--new-tokens N] [--repeats N] [--out FILE.json]
+[--profile DIR]`
 
 --goals measures the rows of GOALS, and says of each which figure it had to reach. Every figure is the median
 over the repeats. Prompts are random ids, others for each stream and each repeat; a first round with few
@@ -24,6 +25,9 @@ with as many slots as the most streams, measure all rows; their other settings c
   E * (1 - (1 - A/E)^B) experts a layer. floor_share is gb_per_s over the speed of a large copy (bytes read
   plus written, measured in the same run): 1 is the floor. Long prompts are bound by arithmetic, not by this.
 - context is the longest context that the engine was built for, not what a stream had in its cache.
+
+--profile DIR runs each row of `decode` once more, after all is measured, and leaves JAX's trace of that run
+in DIR/decode-STREAMSxTOKENS; it counts in no figure.
 
 Exit status: 0 all measured, 1 something was not; a row that could not be measured says why in `failed`.
 """
@@ -54,6 +58,7 @@ import numpy as np
 
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.gguf import GGUFFile, read_gguf
+from jaxmoe.profiler import keep_command_buffers, profile
 from jaxmoe.request import Decode, FinishReason, Request, RequestError, SamplingParams
 from server.settings import read_settings
 from tools.client import Client, ProtocolError, ServerError, StreamRecord
@@ -70,7 +75,7 @@ Row = dict[str, Any]
 Prompts = list[list[int]]
 Figures = dict[str, float | None]
 
-FIGURES = ("tok_per_s", "ttft_ms", "gap_ms_p50", "gap_ms_p95", "dispatch_us")
+FIGURES = ("tok_per_s", "ttft_ms", "gap_ms_p50", "gap_ms_p95", "gap_ms_p99", "dispatch_us")
 DERIVED = ("engine_share", "start_s", "gb_per_s", "device_gb_per_s", "floor_share")
 WARM_TOKENS = 8
 SMALL_CHUNK = 512  # tokens: planned with where the engine chooses; the streams then run longer, if anything
@@ -94,7 +99,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: the rows, and which of STARTUPS; `goals` are looked up in what was found."""
+    """What to measure: the rows, and which of STARTUPS; `goals` are looked up in what was found.
+
+    `profile` is where traces of the decode rows go.
+    """
 
     rows: tuple[Asked, ...]
     startups: tuple[str, ...]
@@ -102,6 +110,7 @@ class Plan:
     new_tokens: int
     repeats: int
     goals: tuple[Goal, ...] = ()
+    profile: Path | None = None
 
     @property
     def num_slots(self) -> int:
@@ -213,6 +222,7 @@ def decode_figures(streams: Sequence[Timed], prompt_tokens: int) -> Figures:
         "ttft_ms": median(stream.ttft_ms for stream in streams),
         "gap_ms_p50": float(np.percentile(gaps, 50)),
         "gap_ms_p95": float(np.percentile(gaps, 95)),
+        "gap_ms_p99": float(np.percentile(gaps, 99)),
     }
 
 
@@ -393,9 +403,21 @@ def engine_alone(file: GGUFFile, engine_config: EngineConfig, plan: Plan) -> tup
                 cases, engine_run(engine), room,
                 vocab_size=config.vocab_size, repeats=plan.repeats, dispatch=dispatch,
             )  # fmt: skip
+        if plan.profile is not None:
+            take_profiles(found, engine_run(engine), plan.profile, vocab_size=config.vocab_size)
     finally:
         engine.stop()
     return found, startup, chunk
+
+
+def take_profiles(found: Sequence[Measured], run: Run, folder: Path, *, vocab_size: int) -> None:
+    """Run each decode row that was measured once more, under JAX's profiler."""
+    cases = [one.case for one in found if one.case.what == "decode" and one.failed is None]
+    for case in cases:
+        directory = folder / f"decode-{case.streams}x{case.prompt_tokens}"
+        with profile(directory):
+            run(random_prompts(case, "profile", vocab_size), case.max_tokens)
+        print(f"a trace of {case.streams} x {case.prompt_tokens} tokens lies in {directory}", flush=True)
 
 
 def _load(file: GGUFFile, config: ModelConfig, engine_config: EngineConfig) -> tuple[Engine, Row]:
@@ -624,6 +646,8 @@ def bench(path: Path, plan: Plan) -> Row:
     file = read_gguf(path)
     config = ModelConfig.from_gguf(file)
     engine_config = _engine_config(plan)
+    if plan.profile is not None and not keep_command_buffers():
+        print("this XLA has no flag that keeps command buffers while profiling", file=sys.stderr)
     found: list[Measured] = []
     startup: list[Row] = []
     chunk = engine_config.prefill_chunk or SMALL_CHUNK
@@ -715,6 +739,7 @@ COLUMNS = {
     "ttft_ms": "ttft ms",
     "gap_ms_p50": "gap p50",
     "gap_ms_p95": "gap p95",
+    "gap_ms_p99": "gap p99",
     "dispatch_us": "launch us",
     "engine_share": "of engine",
     "start_s": "start s",
@@ -793,11 +818,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=_number(4), default=128, help="while all streams decode")
     parser.add_argument("--repeats", type=_number(1), default=3)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    return parser.parse_args(argv)
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="for traces of the decode rows")
+    asked = parser.parse_args(argv)
+    if asked.profile is not None and not asked.goals and "decode" not in asked.what:
+        parser.error("--profile traces the rows of decode: --what has none")
+    return asked
 
 
 def _plan(asked: argparse.Namespace) -> Plan:
-    how = {"context": asked.context, "new_tokens": asked.new_tokens, "repeats": asked.repeats}
+    how = {name: getattr(asked, name) for name in ("context", "new_tokens", "repeats", "profile")}
     if asked.goals:
         placed = [(g.what, g.streams or 1, g.prompt_tokens or 1) for g in GOALS if g.what in KINDS]
         # every rate through HTTP beside the engine's, also where no goal is set

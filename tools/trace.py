@@ -16,17 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import read_gguf
+from jaxmoe.profiler import keep_command_buffers, profile
 from server.settings import read_settings
 from tools.environment import host_name, read_environment
 from tools.player import Player, make_steps, open_model, random_ids
@@ -35,7 +35,6 @@ from tools.roofline import COPY_SIZE, cache_row_size, device_sizes, measure_band
 if TYPE_CHECKING:
     from jaxmoe.step import Steps
 
-KEEP_COMMAND_BUFFERS = "--xla_enable_command_buffers_during_profiling=true"
 WARM_STEPS = 8
 SHOWN = 40  # parts in a table; parts.json has all
 
@@ -124,7 +123,7 @@ def self_times(events: Sequence[Event]) -> Iterator[tuple[str, float]]:
     yield from zip(names, left, strict=True)
 
 
-def profile(title: str, lines: Sequence[Sequence[Event]], steps: int, sizes: Mapping[str, float]) -> Profile:
+def sum_up(title: str, lines: Sequence[Sequence[Event]], steps: int, sizes: Mapping[str, float]) -> Profile:
     """Sum the lines of `steps` steps up by name; `sizes` are the bytes each part reads a step."""
     calls: dict[str, int] = {}
     times: dict[str, float] = {}
@@ -204,42 +203,18 @@ def take_profiles(
     prompts = [random_ids(prompt_tokens, steps.vocab_size, (slot,)) for slot in slots]
     player.start(0, prompts[0])
     player.stop(0)
-    with traced(out / "prefill"):
+    with profile(out / "prefill"):
         player.start(0, prompts[0])
     for slot in slots[1:]:
         player.start(slot, prompts[slot])
     player.decode(slots, WARM_STEPS)
-    with traced(out / "decode"):
+    with profile(out / "decode"):
         player.decode(slots, num_steps)
     titles = f"prefill of {prompt_tokens} tokens", f"a decode step of {steps.num_slots} streams"
     lines = read_lines(out / "prefill"), read_lines(out / "decode")
     names = [event.name for line in lines[1] for event in line]
     of_decode = fused_sizes(sizes[1], names, num_steps, steps.config.num_layers)
-    return [profile(titles[0], lines[0], 1, sizes[0]), profile(titles[1], lines[1], num_steps, of_decode)]
-
-
-@contextmanager
-def traced(folder: Path) -> Iterator[None]:
-    """Write a trace of what runs inside into `folder`."""
-    import jax
-
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    # on a CPU the operations are host events of the second level
-    options.host_tracer_level = 2 if jax.default_backend() == "cpu" else 1
-    jax.profiler.start_trace(str(folder), profiler_options=options)
-    try:
-        yield
-    finally:
-        jax.profiler.stop_trace()
-
-
-def accepts(flag: str) -> bool:
-    """Whether this XLA knows a flag: an unknown one ends the process, so another process tries it."""
-    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", "import jax; jax.block_until_ready(jax.numpy.zeros(1))"]
-    tried = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120)
-    return tried.returncode == 0
+    return [sum_up(titles[0], lines[0], 1, sizes[0]), sum_up(titles[1], lines[1], num_steps, of_decode)]
 
 
 # --- What is printed.
@@ -273,6 +248,7 @@ def document(profiles: Sequence[Profile], bandwidth: float, model: str, flags: s
     environment = read_environment()
     return {
         "machine": host_name(environment),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **environment,
         "model": model,
         "flags": flags,
@@ -327,9 +303,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     asked = _arguments(argv)
-    if accepts(KEEP_COMMAND_BUFFERS):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {KEEP_COMMAND_BUFFERS}".strip()
-    else:
+    if not keep_command_buffers():
         print("this XLA has no flag that keeps command buffers while profiling", file=sys.stderr)
     try:
         bandwidth = measure_bandwidth(COPY_SIZE)
