@@ -138,6 +138,14 @@ def test_a_reset_frees_the_old_state_before_it_makes_the_new(tiny_steps: Steps) 
     assert all(array.is_deleted() for array in old)
 
 
+def test_warming_is_told_from_its_start_to_its_end(tiny_steps: Steps) -> None:
+    told: list[float] = []
+    tiny_steps.warm(told.append)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+    assert told == sorted(told)
+    tiny_steps.reset()
+
+
 def test_a_network_within_all_limits_runs_by_kernels(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
