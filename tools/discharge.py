@@ -2,7 +2,7 @@
 
 `python -m tools.discharge [--model FILE | --url URL] [--contract NAME] [--out DIR] [--red]`
 
-Without --model and --url the file named by QWEN3_MOE_GGUF_PATH is served, or else a tiny synthetic one.
+Without --model and --url the file named by QWEN3_MOE_GGUF_PATH is served, or else the demo model.
 Exit status: 0 all gates passed, 1 a gate failed (with --red: did not turn red), 3 none failed but some could
 not be run.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxmoe import demo_model
 from tools.client import Client, ProtocolError, ServerError
 from tools.contracts import NAMES, Contract, Gate, RedState, load_contract
 from tools.environment import Environment, read_environment
@@ -34,7 +35,6 @@ from tools.trial import FULL, RED, Outcome, Scale, Verdict, run_gate
 from tools.vocabulary import Vocabulary
 
 PASSED, FAILED, NOT_RUN = 0, 1, 3
-SYNTHETIC = ("tiny", "Q4_K_M")
 TINY_SIZE = 1_000_000_000  # bytes
 BIG_SIZE = 10_000_000_000  # bytes
 IDLE_SECONDS = 60.0
@@ -172,24 +172,13 @@ async def _settle(target: Target) -> None:
 
 
 @contextmanager
-def serve(model: Path | None, app: str) -> Iterator[Server]:
-    """Serve a model file, or a tiny synthetic one, from a process of its own."""
+def serve(model: Path, app: str) -> Iterator[Server]:
+    """Serve a model file from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        path = model or _write_synthetic(Path(folder))
-        name = f"synthetic {' '.join(SYNTHETIC)}" if model is None else path.name
-        print(f"loading {name} into a server of its own", flush=True)
+        print(f"loading {model.name} into a server of its own", flush=True)
         settings = {"JAXMOE_PREFILL_CHUNK": str(CHUNK_LENGTH)}
-        with launch(app, path, log=Path(folder) / "server.log", environment=settings) as url:
-            yield Server(url, name, "qwen3moe", _speed(path), Vocabulary.from_gguf(path))
-
-
-def _write_synthetic(folder: Path) -> Path:
-    from tools.synth_gguf import write_synthetic
-
-    path = folder / "synthetic.gguf"
-    # Long enough that a request which nobody ended would still run when it is looked for.
-    write_synthetic(path, *SYNTHETIC, metadata={"qwen3moe.context_length": 4096})
-    return path
+        with launch(app, model, log=Path(folder) / "server.log", environment=settings) as url:
+            yield Server(url, model.name, "qwen3moe", _speed(model), Vocabulary.from_gguf(model))
 
 
 def _speed(path: Path) -> str:
@@ -229,8 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = _arguments(argv)
     contracts = [load_contract(name) for name in NAMES if arguments.contract in (None, name)]
-    given = os.environ.get("QWEN3_MOE_GGUF_PATH")
-    model = arguments.model or (Path(given) if given else None)
+    model = arguments.model or Path(os.environ.get("QWEN3_MOE_GGUF_PATH") or demo_model())
     run: Run = turn_red if arguments.red else discharge
     asked: dict[str, Any] = {"command": _command(arguments), "out": arguments.out}
     try:

@@ -18,6 +18,8 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "emoji": lambda text: any(ord(character) >= 0x1F300 for character in text),
     "CJK": lambda text: any(0x4E00 <= ord(character) <= 0x9FFF for character in text),
 }
+# One of each kind that a vocabulary may have in single bytes only.
+SPELT = {"emoji": "\U0001f600", "CJK": "\u4e2d"}
 MORE_TEXTS = 24
 WRITE_ALL_KINDS = "Write one line in Chinese, one line of emoji and one line in English: "
 
@@ -26,7 +28,7 @@ async def exact_text(trial: Trial) -> str:
     """SERVING_001: streamed and whole text are the same, and are what the ids spell."""
     seen: set[str] = set()
     held = texts = 0
-    more = takewhile(lambda _: set(KINDS) - seen, _spelt_by_chance(trial))
+    more = takewhile(lambda _: set(KINDS) - seen, _spelt_by_chance(trial, seen))
     for prompt, fields in chain(_writings(trial), more):
         record, reply = await _both(trial, prompt, **fields)
         trial.expect(reply.text == record.text, "text_equal", _first_difference(record.text, reply.text))
@@ -70,18 +72,27 @@ def _writings(trial: Trial) -> Iterator[tuple[str, Fields]]:
             yield trial.target.text_of(16), {**sampled, **forced, "seed": seed}
 
 
-def _spelt_by_chance(trial: Trial) -> Iterator[tuple[str, Fields]]:
-    """Texts of nothing but the four bytes of an emoji, in any order: one place in 256 starts a whole one."""
-    ids = [] if trial.target.vocabulary is None else trial.target.vocabulary.byte_ids("\U0001f600")
-    sampled: Fields = {"temperature": 1, "max_tokens": trial.limits["max_tokens"], "to_limit": True}
-    for seed in range(1, MORE_TEXTS + 1 if ids else 0):
-        forced = {"logit_bias": {str(token_id): 100 for token_id in ids}}
-        yield trial.target.text_of(16), {**sampled, **forced, "seed": seed}
+def _spelt_by_chance(trial: Trial, seen: set[str]) -> Iterator[tuple[str, Fields]]:
+    """Texts of nothing but one character's bytes, in any order, for each kind not yet seen.
+
+    One place in 256 starts a whole emoji, one in 27 a CJK character, if the model finds all bytes as likely:
+    the temperature is as high as can be.
+    """
+    sampled: Fields = {"temperature": 2, "max_tokens": trial.limits["max_tokens"], "to_limit": True}
+    for seed in range(1, MORE_TEXTS + 1):
+        for kind, ids in _byte_ids(trial.target.vocabulary).items():
+            if ids and kind not in seen:
+                forced = {"logit_bias": {str(token_id): 100 for token_id in ids}}
+                yield trial.target.text_of(16), {**sampled, **forced, "seed": seed}
+
+
+def _byte_ids(vocabulary: Vocabulary | None) -> dict[str, list[int]]:
+    return {} if vocabulary is None else {kind: vocabulary.byte_ids(text) for kind, text in SPELT.items()}
 
 
 def _forced_ids(vocabulary: Vocabulary) -> list[list[int]]:
     kinds = [vocabulary.ids_where(is_in, 16) for is_in in KINDS.values()]
-    split = [vocabulary.byte_ids(character) for character in ("\u4e2d", "\u00e9", "\U0001f600")]
+    split = [vocabulary.byte_ids(character) for character in (SPELT["CJK"], "\u00e9", SPELT["emoji"])]
     return [ids for ids in ([token_id for ids in kinds for token_id in ids], *split) if ids]
 
 
