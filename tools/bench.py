@@ -55,8 +55,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxmoe.config import EngineConfig, ModelConfig
+from jaxmoe.display import PhaseBars
 from jaxmoe.gguf import GGUFFile, read_gguf
 from jaxmoe.profiler import keep_command_buffers, profile
 from jaxmoe.request import Decode, FinishReason, Request, RequestError, SamplingParams
@@ -337,13 +339,13 @@ def measure(
     `dispatch` gives the median microseconds of the decode launches since it was called last.
     """
     found = []
-    for case in cases:
+    for case in tqdm(cases, desc="measuring", unit="row", disable=None):  # a bar on a terminal only
         try:
             figures = _measure(case, run, room, dispatch, vocab_size=vocab_size, repeats=repeats)
             found.append(Measured(case, room.context_length, figures))
         except (BenchError, RequestError, ServerError, ProtocolError) as error:
             found.append(Measured(case, room.context_length, dict.fromkeys(FIGURES), failed=str(error)))
-        print(_shown(found[-1]), flush=True)
+        tqdm.write(_shown(found[-1]))
     return found
 
 
@@ -427,9 +429,11 @@ def _load(file: GGUFFile, config: ModelConfig, engine_config: EngineConfig) -> t
     from jaxmoe.engine import load_engine
 
     ended: dict[str, float] = {}
+    bars = PhaseBars(lambda phase: print(phase, flush=True))
 
-    def note(phase: str, _: float) -> None:
+    def note(phase: str, share: float) -> None:
         ended[phase] = perf_counter()
+        bars(phase, share)
 
     engine = load_engine(
         file, config, engine_config, eos_ids=frozenset(), after_step=lambda: None, progress=note

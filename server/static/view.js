@@ -110,7 +110,7 @@ function answerView(message, acts) {
 
 function thinkingLine(message, run, isThinking) {
   if (run && isThinking) return `Thinking${elapsed(run.firstAt)}`;
-  return message.thoughtMs ? `Thought for ${seconds(message.thoughtMs)}` : "Thought";
+  return message.thoughtMs >= 10 ? `Thought for ${seconds(message.thoughtMs)}` : "Thought";
 }
 
 function noteOf(message, { run, isEmpty }) {
