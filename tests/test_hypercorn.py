@@ -406,10 +406,10 @@ def test_sigterm_while_loading_ends_at_once(tiny_gguf: Path) -> None:
 
 def test_python_m_server_says_what_is_wrong(tmp_path: Path, tiny_gguf: Path) -> None:
     port = free_port()
-    with started(["server", str(tmp_path / "none.gguf"), "--port", str(port)], port=port) as process:
+    with started(["server", str(tmp_path / "none\x1b[31m.gguf"), "--port", str(port)], port=port) as process:
         status, output = process.end()
     assert status == 1
-    assert "none.gguf" in output
+    assert "none\\x1b[31m.gguf" in output, "a name does not act on the terminal"
     assert "Traceback" not in output
     with (
         socket.create_server(("127.0.0.1", port)),
