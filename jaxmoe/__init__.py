@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from jaxmoe.config import EngineConfig
     from jaxmoe.demo import demo_model
-    from jaxmoe.display import PhaseBars, parse_size
+    from jaxmoe.display import PhaseBars, parse_size, printable
     from jaxmoe.llm import LLM, Event, GenerateResult, Generation, Timings
     from jaxmoe.profiler import keep_command_buffers, profile
     from jaxmoe.request import (
@@ -46,6 +46,7 @@ __all__ = [
     "demo_model",
     "keep_command_buffers",
     "parse_size",
+    "printable",
     "profile",
 ]
 
@@ -69,6 +70,7 @@ _HOMES: Final = {
     "demo_model": "demo",
     "keep_command_buffers": "profiler",
     "parse_size": "display",
+    "printable": "display",
     "profile": "profiler",
 }
 

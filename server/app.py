@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from quart import Quart, Response, request
 
+from jaxmoe import printable
 from server import lifetime
 from server.access import check_access
 from server.backend import Backend, Load, load_llm
@@ -107,11 +108,17 @@ def _end_calls(service: Service) -> None:
         call.cancel("the server is shutting down")
 
 
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line; names that a file holds cannot act on the terminal that shows it."""
+        return printable(super().format(record))
+
+
 def _log_to_stderr() -> None:
     if LOG.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s"))
+    handler.setFormatter(_LogFormatter("[%(asctime)s] %(levelname)s %(message)s"))
     for logger in (LOG, logging.getLogger("jaxmoe")):  # the engine says what runs its steps
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
