@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 KEEP_COMMAND_BUFFERS: Final = "--xla_enable_command_buffers_during_profiling=true"
+_TRIAL_SECONDS: Final = 120.0
 
 
 @contextmanager
@@ -53,4 +54,10 @@ def accepts(flag: str) -> bool:
     """Whether this XLA knows a flag: an unknown one ends the process, so another process tries it."""
     environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax; jax.block_until_ready(jax.numpy.zeros(1))"]
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, check=False, timeout=_TRIAL_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0

@@ -100,7 +100,7 @@ def _list_files(repo: str, revision: str | None) -> Repository:
     try:
         from jaxmoe.hub import list_files
     except ImportError as error:
-        raise PullError(f"pull needs huggingface_hub: pip install 'jaxmoe[hub]' ({error})") from None
+        raise PullError(f"pull needs huggingface_hub, jaxmoe's extra 'hub' ({error})") from None
     return list_files(repo, revision)
 
 
@@ -186,12 +186,13 @@ def _pull(target: Target, repository: Repository) -> None:
     with _disk_errors_explained(target), _part_file(target) as out:
         _fill(out, target, repository)
         os.fsync(out.fileno())
-    if (found := _wrong_digest(target.part, target.file)) is not None:
-        target.part.unlink()
-        raise PullError(
-            f"{target.file.name} came with the wrong checksum ({found}) and was removed: pull it again"
-        )
-    target.part.replace(target.path)
+        # still locked: nobody else takes the part before it has its name
+        if (found := _wrong_digest(target.part, target.file)) is not None:
+            target.part.unlink()
+            raise PullError(
+                f"{target.file.name} came with the wrong checksum ({found}) and was removed: pull it again"
+            )
+        target.part.replace(target.path)
 
 
 def _check_present(target: Target) -> None:

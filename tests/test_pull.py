@@ -242,7 +242,7 @@ def test_a_missing_library_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jaxmoe.hub", None)
     assert run(folder) == 1
-    assert sentence(capsys).startswith("pull needs huggingface_hub: pip install 'jaxmoe[hub]' (")
+    assert sentence(capsys).startswith("pull needs huggingface_hub, jaxmoe's extra 'hub' (")
 
 
 def test_a_revision_is_asked_for(server: FakeHub, folder: Path) -> None:

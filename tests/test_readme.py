@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,8 @@ def running(command: str, checkout: Path) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # what has ended by itself says why
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
 
 
@@ -176,4 +177,4 @@ def test_every_other_command_runs(served: Path) -> None:
     rest = [block for block in rest if not any(word in block.text for word in elsewhere)]
     assert rest
     for block in rest:
-        assert shell(block.text, served)
+        assert "42" in shell(block.text, served), "each of them asks for a sum"

@@ -4,7 +4,7 @@
 
 Every number in a plot is read from the JSON files that the tools wrote; the files are named in its caption. A
 plot carries a digest of what it shows, so that a test sees when the evidence has changed and it has not.
-Needs matplotlib: `pip install 'jaxmoe[plots]'`.
+Needs matplotlib: `pip install '.[plots]'`.
 """
 
 from __future__ import annotations
