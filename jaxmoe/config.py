@@ -89,6 +89,20 @@ class ModelConfig:
             name=file.get_str("general.name", default="") or file.path.stem,
         )
 
+    def weight_shape(self, letters: str) -> tuple[int, ...]:
+        """The shape of a weight with these axes; N and K are heads times H, as the matrices have them."""
+        lengths = {
+            "L": self.num_layers,
+            "D": self.d_model,
+            "N": self.num_heads * self.head_dim,
+            "K": self.num_kv_heads * self.head_dim,
+            "H": self.head_dim,
+            "E": self.num_experts,
+            "F": self.expert_width,
+            "V": self.vocab_size,
+        }
+        return tuple(lengths[letter] for letter in letters)
+
 
 def read_architecture(file: GGUFFile) -> str:
     """The architecture's name in the file; GGUFError for one that is not supported."""

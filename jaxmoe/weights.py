@@ -81,16 +81,7 @@ class _Tensors:
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self._file = file
-        # axis lengths by letter; N and K are heads times H, as the matrices have them
-        self._lengths = {
-            "N": config.num_heads * config.head_dim,
-            "K": config.num_kv_heads * config.head_dim,
-            "D": config.d_model,
-            "H": config.head_dim,
-            "E": config.num_experts,
-            "F": config.expert_width,
-            "V": config.vocab_size,
-        }
+        self._config = config
         self.embedding = self._get(_EMBEDDING, "VD")
         self.final_norm = self._get(_FINAL_NORM, "D")
         # None where the embedding serves as it
@@ -109,7 +100,7 @@ class _Tensors:
         if name not in self._file.tensors:
             raise GGUFError(self._file.path, None, f"the GGUF file has no tensor '{name}'")
         tensor = self._file.tensors[name]
-        expected = tuple(self._lengths[letter] for letter in letters)
+        expected = self._config.weight_shape(letters)
         if tensor.shape != expected:
             what = f"tensor '{name}' must have shape {expected} ({letters}), got {tensor.shape}"
             raise GGUFError(self._file.path, None, what)

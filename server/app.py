@@ -18,7 +18,7 @@ from server.access import check_access
 from server.backend import Backend, Load, load_llm
 from server.errors import LOG, failure_of
 from server.page import add_page
-from server.routes import Call, Service, add_routes, json_response
+from server.routes import Call, Service, add_routes, current_call, json_response
 from server.schema import MAX_BODY_SIZE
 from server.settings import SettingError, Settings, read_settings
 
@@ -51,18 +51,13 @@ def _add_checks(app: Quart, service: Service) -> None:
 
     @app.errorhandler(Exception)
     async def answer_error(error: Exception) -> Response:
-        failure = failure_of(error, _call().request_id)
+        failure = failure_of(error, current_call().request_id)
         return json_response(failure.body, failure.status, failure.headers)
 
     @app.after_request
     async def name_request(response: Response) -> Response:
-        response.headers["X-Request-Id"] = _call().request_id
+        response.headers["X-Request-Id"] = current_call().request_id
         return response
-
-
-def _call() -> Call:
-    call: Call = request.scope["jaxmoe.call"]  # type: ignore[typeddict-item]
-    return call
 
 
 def _add_start_and_stop(app: Quart, service: Service, *, read: bool) -> None:

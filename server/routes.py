@@ -105,13 +105,19 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
+def current_call() -> Call:
+    """The call that the request of this task is."""
+    call: Call = request.scope["jaxmoe.call"]  # type: ignore[typeddict-item]
+    return call
+
+
 async def _generate(service: Service, read: Callable[[bytes], Body], reply_class: type[Reply]) -> Response:
     llm = service.backend.llm
     _check_content_type()
     raw = await request.get_data(cache=False, as_text=False, parse_form_data=False)
     # Parsing and tokenising a large body takes long enough to hold up every stream.
     body, params, prompt_ids = await asyncio.to_thread(_prepare, service, llm, read, raw)
-    call: Call = request.scope["jaxmoe.call"]  # type: ignore[typeddict-item]
+    call = current_call()
     generation = _submit(llm, body, params, prompt_ids)
     call.add(generation)
     reply = reply_class(
@@ -133,8 +139,7 @@ async def _record(service: Service) -> dict[str, Any]:
         raise Failure(404, "no traces are taken here: see JAXMOE_PROFILE_DIR")
     _ = service.backend.llm  # without a model there is nothing to see
     recording = Recording(read_seconds(request.args))
-    call: Call = request.scope["jaxmoe.call"]  # type: ignore[typeddict-item]
-    call.add(recording)
+    current_call().add(recording)
     return await asyncio.to_thread(recording.take, directory)
 
 

@@ -73,26 +73,12 @@ def demo_config(vocab_size: int, *, num_layers: int, num_experts: int) -> ModelC
     )
 
 
-def weight_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-    sizes = {
-        "L": config.num_layers,
-        "D": config.d_model,
-        "N": config.num_heads * config.head_dim,
-        "K": config.num_kv_heads * config.head_dim,
-        "H": config.head_dim,
-        "E": config.num_experts,
-        "F": config.expert_width,
-        "V": config.vocab_size,
-    }
-    return tuple(sizes[axis] for axis in WEIGHTS[name][1])
-
-
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Floats]:
     """Norms of one, matrices that keep their inputs' variance; what ends a branch starts at zero."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name in WEIGHTS:
-        shape = weight_shape(config, name)
+        shape = config.weight_shape(WEIGHTS[name][1])
         if name.endswith("norm"):
             weights[name] = np.ones(shape, np.float32)
         elif name in ("attn_output", "down"):
