@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxmoe.kernels import matmul as kernel_matmul
+from jaxmoe.kernels import packed
 from jaxmoe.kernels import rows as kernel_rows
 from jaxmoe.kernels.matmul import Row
 from jaxmoe.kernels.rounding import Rounded, rounded_values
@@ -265,8 +266,8 @@ def kernel_product(
     By the kernel `name`, or by XLA where the kernels cannot read a weight's format.
     """
     stacks, indices = zip(*(weight.at(layer) for weight in weights), strict=True)
-    if all(map(kernel_matmul.is_supported, stacks)):
-        if not kernel_matmul.has_row_kernels(*stacks):
+    if all(map(packed.is_supported, stacks)):
+        if not packed.has_row_kernels(*stacks):
             inputs = rounded(inputs, count)
         return kernel_matmul.dense(name, inputs, stacks, count, index=indices[0], residual=residual)
     x = rounded_values(rounded(inputs, count))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,9 +12,9 @@ from jax import Array, lax
 from jaxmoe.attention import Attention, DecodePlaces, PrefillPlaces, Rows
 from jaxmoe.cache import KVCache
 from jaxmoe.config import ModelConfig
-from jaxmoe.kernels import layer as kernel_layer
+from jaxmoe.kernels import decode_row, packed
 from jaxmoe.kernels import matmul as kernel_matmul
-from jaxmoe.kernels.layer import LayerWeights, Placed
+from jaxmoe.kernels.decode_row import Placed, RowWeights
 from jaxmoe.kernels.matmul import Row
 from jaxmoe.kernels.rounding import Rounded
 from jaxmoe.layers import (
@@ -99,58 +98,43 @@ class Decoder(nnx.Module):
         The layers are unrolled: a command buffer holds the whole step.
         """
         x = self.embedding(token_ids)
+        if isinstance(places, DecodePlaces) and x.shape[0] == 1:
+            weights = self._row_weights()
+            if decode_row.is_supported(weights, self.config):
+                x, keys, values = decode_row.run(
+                    x, cache.keys, cache.values, weights, active=places.active, positions=places.positions,
+                    tables=places.tables, count=places.count, config=self.config,
+                )  # fmt: skip
+                return x, self.final_row(x), KVCache(keys, values), counters
         inputs: Rounded | Row = Row(x, self.attn_norm.weight[...], 0, self.config.norm_eps)
         if x.shape[0] > 1:
             inputs = rounded(inputs, places.count)
         norms = [(self.attn_norm.weight[...], layer) for layer in range(1, self.config.num_layers)]
         norms.append((self.final_norm[...][None], 0))
-        exchange, num_fused = kernel_layer.new_exchange(self.config), 0
-        qkv: Array | None = None
         for layer, next_norm in enumerate(norms):
-            if qkv is None:
-                qkv = self.attention.qkv_with_kernels(inputs, places.count, layer)
+            qkv = self.attention.qkv_with_kernels(inputs, places.count, layer)
             mixed, cache, counters = self.attention.mix_with_kernels(qkv, cache, places, counters, layer)
-            weights = self._fused_weights(layer) if x.shape[0] == 1 else None
-            if weights is None:
-                x, inputs, counters = self._rest_of_layer(mixed, x, next_norm, places.count, counters, layer)
-                qkv = None
-            else:
-                x, qkv, exchange = kernel_layer.run(
-                    mixed, x, exchange, weights, config=self.config, layer=layer, turn=num_fused
-                )
-                inputs, num_fused = Row(x, *next_norm, self.config.norm_eps), num_fused + 1
+            x = self.attention.output_with_kernels(mixed, x, places.count, layer)
+            x, inputs, counters = self.moe.with_kernels(
+                x, self.moe_norm.weight[...], next_norm, places.count, counters, layer
+            )
         return x, inputs, cache, counters
 
-    def _rest_of_layer(
-        self,
-        mixed: Rounded,
-        x: Array,
-        next_norm: tuple[Array, int],
-        count: Array,
-        counters: Array,
-        layer: int,
-    ) -> tuple[Array, Rounded | Row, Array]:
-        """What follows attention, by a kernel for each product."""
-        x = self.attention.output_with_kernels(mixed, x, count, layer)
-        return self.moe.with_kernels(x, self.moe_norm.weight[...], next_norm, count, counters, layer)
-
-    def _fused_weights(self, layer: int) -> LayerWeights | None:
-        """What one launch reads that does this layer's rest and the next one's qkv; None if none can."""
-        moe, attention, following = self.moe, self.attention, None
-        products = moe.router, attention.output, moe.gate, moe.up, moe.down
-        if layer + 1 < self.config.num_layers:
-            q, k, v = (_placed(weight, layer + 1) for weight in (attention.q, attention.k, attention.v))
-            following = self.attn_norm.weight[...], q, k, v
-        router, output, gate, up, down = (_placed(weight, layer) for weight in products)
-        weights = LayerWeights(self.moe_norm.weight[...], router, output, gate, up, down, following)
-        alone = replace(weights, following=None)
-        fitting = (one for one in (weights, alone) if kernel_layer.is_supported(one, self.config))
-        return next(fitting, None)
+    def _row_weights(self) -> RowWeights:
+        """What one launch reads that does all layers of one row."""
+        attention, moe = self.attention, self.moe
+        stacks = {name: getattr(attention, name) for name in ("q", "k", "v", "output")}
+        stacks |= {name: getattr(moe, name) for name in ("router", "gate", "up", "down")}
+        return RowWeights(
+            self.attn_norm.weight[...], attention.q_norm.weight[...], attention.k_norm.weight[...],
+            attention.cos[...], attention.sin[...], self.moe_norm.weight[...],
+            {name: _placed(weight) for name, weight in stacks.items()},
+        )  # fmt: skip
 
     def logits_with_kernels(self, hidden: Array, inputs: Rounded | Row, count: Array) -> Array:
         """`logits` of hidden [B, D], whose normed rows are `inputs`; count int32 [1] -> float32 [B, V]."""
         tensor = self._output_weight.tensor
-        if kernel_matmul.is_supported(tensor):
+        if packed.is_supported(tensor):
             return kernel_matmul.dense("lm_head", rounded(inputs, count), [tensor], count)
         return self.logits(hidden, count[0])[: hidden.shape[0]]
 
@@ -171,11 +155,12 @@ class Decoder(nnx.Module):
             return matmul(x, self._output_weight.tensor, (), num_rows)
 
 
-def _placed(weight: StackedWeight, layer: int) -> Placed:
-    """The stack that holds a layer, with all the layers that it holds."""
-    which = weight.places[layer][0]
-    layers = (i for i, (stack, _) in enumerate(weight.places) if stack == which)
-    return Placed(weight.at(layer)[0], tuple(layers))
+def _placed(weight: StackedWeight) -> tuple[Placed, ...]:
+    """The stacks of a weight, each with the layers that it holds."""
+    layers: list[list[int]] = [[] for _ in weight.stacks]
+    for layer, (which, _) in enumerate(weight.places):
+        layers[which].append(layer)
+    return tuple(Placed(stack.tensor, tuple(at)) for stack, at in zip(weight.stacks, layers, strict=True))
 
 
 def _normed(norm: RMSNorm, x: Array, rows: Rows, layer: Array) -> Array:

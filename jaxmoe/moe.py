@@ -11,12 +11,15 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxmoe.config import ModelConfig
+from jaxmoe.kernels import experts as kernel_experts
 from jaxmoe.kernels import matmul as kernel_matmul
+from jaxmoe.kernels import packed
 from jaxmoe.kernels import router as kernel_router
 from jaxmoe.kernels import rows as kernel_rows
 from jaxmoe.kernels.matmul import Groups as KernelGroups
 from jaxmoe.kernels.matmul import Row
 from jaxmoe.kernels.rounding import Rounded, rounded_values
+from jaxmoe.kernels.router import Routed
 from jaxmoe.layers import (
     ROW_TILE,
     StackedWeight,
@@ -160,24 +163,58 @@ class MoE(nnx.Module):
             after = Row(x, *next_norm, eps)
             return x, after if x.shape[0] == 1 else rounded(after, count), counters
         (w, index), (gate, at), (up, _), (down, down_at) = stacks
-        ids, weights, counters = kernel_router.route(
-            x, norm, w.codes, count, counters, config=self.config, layer=layer, index=index
-        )
-        active = self.config.experts_per_token
-        if x.shape[0] == 1 and kernel_matmul.has_row_kernels(gate, up, down):
-            h = kernel_matmul.gate_up_of_row(row, gate, up, ids, index=at)
-            x = kernel_matmul.down_of_row(h, down, ids, weights, x, index=down_at)
-            return x, Row(x, *next_norm, eps), counters
         num_rows = x.shape[0]
-        tile = kernel_matmul.tile_length(num_rows)
-        *lists, counters = kernel_router.group(ids, count, counters, config=self.config, tile=tile)
-        groups = KernelGroups(*lists)
-        hidden = kernel_matmul.gate_up(
-            rounded(row, count), gate, up, groups, experts_per_token=active, index=at
+        routed = kernel_router.route(
+            x, norm, w.codes, count, counters, config=self.config, layer=layer, index=index,
+            num_zeros=kernel_experts.num_progress(num_rows, self.config),
+        )  # fmt: skip
+        if num_rows == 1 and packed.has_row_kernels(gate, up, down):
+            h = kernel_matmul.gate_up_of_row(row, gate, up, routed.ids, index=at)
+            x = kernel_matmul.down_of_row(h, down, routed.ids, routed.weights, x, index=down_at)
+            return x, Row(x, *next_norm, eps), routed.counters
+        inputs = rounded(row, count) if routed.inputs is None else routed.inputs
+        experts = (gate, up, down), (at, down_at)
+        if kernel_experts.takes(num_rows):
+            y = self._few_rows(inputs, routed, count, *experts)
+        else:
+            y = self._many_rows(inputs, routed, count, *experts)
+        x, *following = kernel_rows.combine(
+            x, y, routed.weights, next_norm[0], count, eps=eps, layer=next_norm[1]
         )
-        y = kernel_matmul.down(hidden, down, groups, num_rows=num_rows, index=down_at)
-        x, *following = kernel_rows.combine(x, y, weights, next_norm[0], count, eps=eps, layer=next_norm[1])
-        return x, Rounded(*following), counters
+        return x, Rounded(*following), routed.counters
+
+    def _few_rows(
+        self,
+        inputs: Rounded,
+        routed: Routed,
+        count: Array,
+        weights: Sequence[QuantTensor],
+        places: tuple[int, int],
+    ) -> Array:
+        """The experts' outputs [T*A, D] of each row's pairs."""
+        progress = routed.zeros
+        if progress is None:
+            progress = jnp.zeros(kernel_experts.num_progress(inputs.codes.shape[0], self.config), jnp.int32)
+        return kernel_experts.run(
+            inputs, routed.ids, count, progress, weights,
+            config=self.config, index=places[0], down_index=places[1],
+        )[1]  # fmt: skip
+
+    def _many_rows(
+        self,
+        inputs: Rounded,
+        routed: Routed,
+        count: Array,
+        weights: Sequence[QuantTensor],
+        places: tuple[int, int],
+    ) -> Array:
+        """The same by a launch for each product."""
+        (gate, up, down), (num_rows, active) = weights, routed.ids.shape
+        tile = kernel_matmul.tile_length(num_rows)
+        lists = kernel_router.group(routed.ids, count, routed.counters, config=self.config, tile=tile)
+        groups = KernelGroups(*lists[:3])
+        hidden = kernel_matmul.gate_up(inputs, gate, up, groups, experts_per_token=active, index=places[0])
+        return kernel_matmul.down(hidden, down, groups, num_rows=num_rows, index=places[1])
 
     def _route(self, x: Array, num_rows: Array, layer: Array) -> tuple[Array, Array]:
         logits = self.router.apply(lambda w, i: matmul(x, w, (i,), num_rows), layer)
@@ -206,7 +243,7 @@ class MoE(nnx.Module):
 
 def _has_kernels(router: QuantTensor, *experts: QuantTensor) -> bool:
     """Whether the kernels can read these formats."""
-    return router.codes.dtype == jnp.float32 and all(map(kernel_matmul.is_supported, experts))
+    return router.codes.dtype == jnp.float32 and all(map(packed.is_supported, experts))
 
 
 def _combine(y: Array, places: Array, weights: Array) -> Array:

@@ -73,7 +73,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run on the CPU, compiled by g++."""
     import emulator
 
-    from jaxmoe.kernels import matmul, ptx
+    from jaxmoe.kernels import ptx
 
     why = emulator.unavailable()
     if why is not None:
@@ -81,7 +81,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx, "launch", emulator.emulated_launch)
     monkeypatch.setattr(ptx, "unavailable", lambda: None)
     # few blocks, with some work each
-    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 6)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 6)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jaxmoe.config import ModelConfig
 
 
@@ -23,3 +25,10 @@ def small_config(*, num_experts: int = 20, experts_per_token: int = 3, d_model: 
         rope_scaling=None,
         name="small",
     )
+
+
+def real_config() -> ModelConfig:
+    """The shapes of Qwen3-30B-A3B, two layers."""
+    config = small_config(num_experts=128, experts_per_token=8, d_model=2048)
+    heads = {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128}
+    return replace(config, num_layers=2, vocab_size=151_936, expert_width=768, **heads)

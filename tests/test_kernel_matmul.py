@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as G
-from kernel_config import small_config
+from kernel_config import real_config, small_config
 
-from jaxmoe.kernels import matmul, ptx, router, rows
+from jaxmoe.kernels import experts as few_experts
+from jaxmoe.kernels import matmul, packed, ptx, router, rows
 from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_values
 from jaxmoe.quants import FORMATS, empty, pack, packed_size
 
@@ -39,7 +40,7 @@ f32 = np.float32
 @pytest.fixture(autouse=True)
 def _few_blocks(monkeypatch):
     """So few blocks that each has several steps of a grouped product, of more than one tile."""
-    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 3)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 3)
 
 
 def packed_bytes(rng, ggml_type, shape):
@@ -184,7 +185,7 @@ def eight_at_a_time(ggml_type):
 def test_blocks_of_several_tiles_give_the_same_bits(ggml_type, num_blocks, number, monkeypatch):
     w, inputs, expected = eight_at_a_time(ggml_type)
     count = number - number // 3
-    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: num_blocks)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: num_blocks)
     defines = matmul._dense_launch("attn_output", first(inputs, number), [w], has_residual=True).defines
     assert defines["ROW_TILES"] * defines["COLUMN_TILES"] > 1
     found = attn_output(first(inputs, number), w, count)
@@ -197,12 +198,12 @@ def test_two_formats_in_blocks_of_three_tiles_give_the_same_bits(number, warps, 
     kinds, sizes = (G.Q4_K, G.Q4_K, G.Q6_K), (208, 80, 80)
     weights = [random_weight(44 + i, kinds[i], 2, sizes[i], INPUTS) for i in range(3)]
     inputs = round_rows(random(47, number, INPUTS))
-    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 10)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 10)
     monkeypatch.setattr(matmul, "_DENSE_WARPS", warps)  # three have four units of work in turns
     defines = matmul._dense_launch("qkv", inputs, weights).defines
     assert tuple(defines[f"{x}_{y}"] for x in ("ROW", "COLUMN") for y in ("TILES", "GROUPS")) == tiles
     found = np.asarray(matmul.dense("qkv", inputs, weights, count_of(number), index=INDEX))
-    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 1000)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 1000)
     for i in (0, number - 8):
         part = Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8])
         expected = matmul.dense("qkv", part, weights, count_of(8), index=INDEX)
@@ -213,7 +214,7 @@ def test_two_formats_in_blocks_of_three_tiles_give_the_same_bits(number, warps, 
 def test_very_many_outputs_give_the_same_bits(ggml_type, number, monkeypatch):
     w, inputs, expected = eight_at_a_time(ggml_type)
     count = number - number // 3
-    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 1)  # so that a warp has two groups of rows
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 1)  # so that a warp has two groups of rows
     monkeypatch.setattr(matmul, "_MANY_OUTPUTS", 64)
     assert "STREAM" in matmul._dense_launch("lm_head", first(inputs, number), [w]).defines
     found = matmul.dense("lm_head", first(inputs, number), [w], count_of(count), index=INDEX)
@@ -249,11 +250,11 @@ def test_outputs_that_fill_no_block_of_64():
     ],
 )
 def test_what_the_kernels_can_read(ggml_type, shape, expected):
-    assert matmul.is_supported(empty(ggml_type, shape, "rows")) is expected
+    assert packed.is_supported(empty(ggml_type, shape, "rows")) is expected
 
 
 def test_other_layouts_are_refused():
-    assert not matmul.is_supported(empty(G.Q4_K, (256, 256), "columns"))
+    assert not packed.is_supported(empty(G.Q4_K, (256, 256), "columns"))
 
 
 # --- Grouped products: gate, up and down of experts, of two formats.
@@ -288,10 +289,14 @@ def rounded_rows(number, count):
 def grouped(number, count):
     """gate_up and down of the first `count` of `number` rows."""
     gate, up, down = experts()
+    ids, inputs = chosen()[2][:number], rounded_rows(number, count)
+    if few_experts.takes(number):
+        progress = jnp.zeros(few_experts.num_progress(number, CONFIG), jnp.int32)
+        places = {"index": INDEX, "down_index": INDEX}
+        weights = gate, up, down
+        return few_experts.run(inputs, ids, count_of(count), progress, weights, config=CONFIG, **places)
     counters, tile = jnp.zeros(router.NUM_COUNTERS, jnp.int32), matmul.tile_length(number)
-    ids = chosen()[2][:number]
     groups = matmul.Groups(*router.group(ids, count_of(count), counters, config=CONFIG, tile=tile)[:3])
-    inputs = rounded_rows(number, count)
     hidden = matmul.gate_up(inputs, gate, up, groups, experts_per_token=ACTIVE, index=INDEX)
     return hidden, matmul.down(hidden, down, groups, num_rows=number, index=INDEX)
 
@@ -383,7 +388,7 @@ def test_pairs_past_the_count_are_left_alone(number, count):
 
 
 def test_other_numbers_of_blocks_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(matmul, "_num_multiprocessors", lambda: 40)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 30)
     (hidden, y), (expected, expected_y) = grouped(17, 17), whole(17)
     assert_same_bits(hidden.codes, expected.codes)
     assert_same_bits(hidden.scales, expected.scales)
@@ -394,7 +399,7 @@ def test_other_numbers_of_blocks_give_the_same_bits(monkeypatch):
 
 
 def test_comparisons_hold():
-    names = ("qkv, 1 rows, Q4_K Q4_K Q6_K", "gate_up, 8 rows, Q4_K Q4_K", "down, 8 rows, Q6_K")
+    names = ("qkv, 1 rows, Q4_K Q4_K Q6_K", "gate_up, 1 rows, Q4_K Q4_K", "down, 1 rows, Q6_K")
     found = [comparison for comparison in matmul.comparisons(CONFIG, 3) if comparison.name in names]
     assert [comparison.name for comparison in found] == list(names)
     for comparison in found:
@@ -447,25 +452,18 @@ def test_what_cannot_be_read_is_left_out():
     assert {one.name.split(",")[0] for one in matmul.comparisons(config, 3)} == names
 
 
-def real_config():
-    heads = {"num_heads": 32, "num_kv_heads": 4, "head_dim": 128}
-    experts = {"num_experts": 128, "experts_per_token": 8, "expert_width": 768}
-    return replace(CONFIG, d_model=2048, vocab_size=151_936, **heads, **experts)
-
-
 def test_the_shapes_of_a_real_model_fit_the_gpus_they_are_meant_for(monkeypatch):
+    config = real_config()
     for capability in ("8.0", "9.0", "10.0"):
-        limit = matmul._SHARED_SIZES[capability]
-        monkeypatch.setattr(matmul, "_shared_limit", lambda limit=limit: limit)
-        variants = matmul.variants(real_config())
+        limit = ptx._SHARED_SIZES[capability]
+        monkeypatch.setattr(ptx, "shared_limit", lambda limit=limit: limit)
+        variants = matmul.variants(config)
         sizes = [size for _, _, defines, size in variants if "<16," not in defines["FORMAT_0"]]
         assert max(sizes) + matmul._STATIC_SIZE <= limit
 
 
 def test_a_gpu_with_too_little_shared_memory_is_told_so(monkeypatch):
-    monkeypatch.setattr(matmul, "_shared_limit", lambda: matmul._SMALL_SHARED)
-    with pytest.raises(ptx.KernelError, match=r"takes \d+ bytes of shared memory, the GPU has 101376"):
-        list(matmul.variants(real_config()))
-    launch = matmul.Launch("matmul_few.cu", "qkv", {"THREADS": 32}, (1, 1, 1), 100_000)
+    monkeypatch.setattr(ptx, "shared_limit", lambda: ptx.SMALL_SHARED)
+    launch = matmul.Launch("matmul_dense.cu", "qkv", {"THREADS": 32}, (1, 1, 1), 100_000)
     with pytest.raises(ptx.KernelError, match=r"qkv takes 104103 bytes of shared memory .* has 101376"):
         launch([], [], 7)

@@ -9,6 +9,7 @@ import pytest
 from kernel_config import small_config
 
 from jaxmoe.kernels import router
+from jaxmoe.kernels.rows import norm_quantise
 
 CONFIG = small_config()
 LAYER, INDEX = 2, 1
@@ -40,9 +41,26 @@ def route(x, norm, w, count=None, config=CONFIG, layer=LAYER, index=INDEX):
     """Ids and weights; the counters must be zero again."""
     count = jnp.asarray([x.shape[0] if count is None else count], jnp.int32)
     arrays = *map(jnp.asarray, (x, norm, w)), count, jnp.zeros(router.NUM_COUNTERS, jnp.int32)
-    ids, weights, counters = router.route(*arrays, config=config, layer=layer, index=index)
-    assert not np.asarray(counters).any()
-    return np.asarray(ids), np.asarray(weights)
+    routed = router.route(*arrays, config=config, layer=layer, index=index)
+    assert not np.asarray(routed.counters).any()
+    return np.asarray(routed.ids), np.asarray(routed.weights)
+
+
+@pytest.mark.parametrize(("num_rows", "count"), [(3, 3), (3, 0), (13, 7), (40, 40), (150, 150)])
+def test_few_rows_come_with_their_norm_and_zeros(num_rows, count):
+    x, (norm, w) = random(9, num_rows, 512), network()
+    arrays = *map(jnp.asarray, (x, norm, w)), jnp.asarray([count], jnp.int32)
+    counters = jnp.zeros(router.NUM_COUNTERS, jnp.int32)
+    routed = router.route(*arrays, counters, config=CONFIG, layer=LAYER, index=INDEX, num_zeros=300)
+    if num_rows > MANY:
+        assert (routed.inputs, routed.zeros) == (None, None)
+        return
+    assert routed.zeros.shape == (300,)
+    assert not np.asarray(routed.zeros).any()
+    expected = norm_quantise(arrays[0], arrays[1], arrays[3], eps=CONFIG.norm_eps, layer=LAYER)
+    for one, other in zip(routed.inputs, expected, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+        assert set(np.asarray(one[count:]).tobytes()) <= {0xFF}
 
 
 def exact_logits(x, norm, w, layer=LAYER, index=INDEX):

@@ -13,7 +13,7 @@ from on_device import PAGE_LENGTH, Forward, Player, ids_of
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import read_gguf
-from jaxmoe.kernels import layer, ptx
+from jaxmoe.kernels import decode_row, ptx
 from jaxmoe.model import Decoder
 from jaxmoe.request import SampledToken, SamplingParams
 from jaxmoe.step import Shapes, Steps, decode_with_kernels, prefill_with_kernels
@@ -218,23 +218,15 @@ def decoded(
     return tokens, rows_of(player, 0), names
 
 
-def test_one_launch_a_layer_gives_the_bits_of_many(
-    steps: EagerSteps, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_launch_gives_the_bits_of_many(steps: EagerSteps, monkeypatch: pytest.MonkeyPatch) -> None:
     *fused, names = decoded(steps, monkeypatch)
+    assert (names.count("decode_row"), names.count("attend_decode"), names.count("qkv")) == (1, 0, 0)
+    monkeypatch.setattr(decode_row, "is_supported", lambda weights, config: False)
+    *separate, names = decoded(steps, monkeypatch)
     num_layers = steps.config.num_layers
-    assert names.count("layer") == names.count("attend_decode") == num_layers
-    assert (names.count("qkv"), names.count("down")) == (1, 0)
-    supported = layer.is_supported
-    refusals = {
-        (2, 2): lambda weights: weights.following is not None,  # then the next layer has its own qkv
-        (1, 1): lambda weights: weights.following is None,
-        (0, 2): lambda weights: True,
-    }
-    for counts, refused in refusals.items():
-        monkeypatch.setattr(
-            layer, "is_supported", lambda w, config, no=refused: not no(w) and supported(w, config)
-        )
-        *separate, names = decoded(steps, monkeypatch)
-        assert (names.count("layer"), names.count("qkv")) == counts
-        assert separate == fused
+    assert (names.count("decode_row"), names.count("attend_decode"), names.count("qkv")) == (
+        0,
+        num_layers,
+        num_layers,
+    )
+    assert separate == fused

@@ -95,17 +95,22 @@ def test_what_a_decode_step_reads() -> None:
     }
 
 
-def test_what_one_launch_a_layer_reads() -> None:
-    sizes = decode_sizes(CONFIG, SIZES, streams=1, context=1, itemsize=2)
-    assert fused_sizes(sizes, ["qkv", "down", "layering"], 1, CONFIG.num_layers) == sizes
-    found = fused_sizes(sizes, ["qkv", "layer", "attend_decode", "layer_1"] * 3, 3, CONFIG.num_layers)
-    # half of 35 for the first layer's qkv; the rest, and a quarter of the experts
-    assert (found["qkv"], found["layer"]) == (17.5, 17.5 + 7 + 4 + 560 / 4)
-    assert "down" not in found
-    # one layer of two: nobody knows which part read what
-    some = fused_sizes(sizes, ["qkv", "layer", "down"], 1, CONFIG.num_layers)
-    assert not {"qkv", "layer", "down"} & some.keys()
-    assert some["lm_head"] == 500
+def test_what_one_launch_of_all_layers_reads() -> None:
+    sizes = decode_sizes(CONFIG, SIZES, streams=1, context=10, itemsize=2)
+    assert fused_sizes(sizes, ["qkv", "down", "decode_rows"]) == sizes
+    found = fused_sizes(sizes, ["decode_row_1", "lm_head"])
+    # the dense products, a quarter of the experts, the cache
+    assert found["decode_row"] == 35 + 7 + 4 + 560 / 4 + sizes["attend_decode"]
+    assert not {"qkv", "attend_decode", "down"} & found.keys()
+    assert found["lm_head"] == 500
+
+
+def test_what_the_experts_in_one_launch_read() -> None:
+    sizes = decode_sizes(CONFIG, SIZES, streams=2, context=1, itemsize=2)
+    found = fused_sizes(sizes, ["qkv", "experts", "route_few", "experts_8"])
+    assert found["experts"] == sizes["gate_up"] + sizes["down"] == 245
+    assert found["qkv"] == sizes["qkv"]
+    assert not {"gate_up", "down"} & found.keys()
 
 
 def test_what_a_prefill_in_two_chunks_reads() -> None:

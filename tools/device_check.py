@@ -257,7 +257,7 @@ def poisoned_launches() -> Iterator[None]:
 # a module of kernels, and for long ones which of its products
 MODULES = (
     "matmul/qkv", "matmul/attn_output", "matmul/lm_head", "matmul/gate_up", "matmul/down",
-    "layer", "attention", "rows", "router", "sampling",
+    "experts", "decode_row", "attention", "rows", "router", "sampling",
 )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ PARTS = {
     "router": "router",
     "gate_up": "experts, gate and up",
     "down": "experts, down",
-    "layer": "a layer but its attention",
+    "experts": "experts, gate, up and down",
+    "decode_row": "all layers",
     "lm_head": "output layer",
     "sample": "sampling",
 }

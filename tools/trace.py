@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import read_gguf
@@ -148,6 +148,8 @@ def part_of(name: str, sizes: Mapping[str, float]) -> str:
 
 # --- What each part must read.
 
+_LAYER: Final = ("qkv", "attend_decode", "attn_output", "router", "gate_up", "down")
+
 
 def decode_sizes(
     config: ModelConfig, weights: Mapping[str, int], *, streams: int, context: float, itemsize: int
@@ -157,23 +159,17 @@ def decode_sizes(
     return {**_unsized(), **part_sizes(weights, config, [streams]), "attend_decode": cache}
 
 
-def fused_sizes(
-    sizes: Mapping[str, float], names: Iterable[str], steps: int, num_layers: int
-) -> dict[str, float]:
-    """The same of one row where the kernel `layer` ran: in all layers it reads all but the first one's qkv.
+def fused_sizes(sizes: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The same by the kernels that ran, of which some read what several parts name.
 
-    `names` are the kernels of `steps` steps. Where some layers ran so and some not, what each part read is
-    not known, and these parts are left out.
+    `experts` reads what gate_up and down do, `decode_row` what all layers do, attention's cache too.
     """
-    num_fused = sum(part_of(name, {"layer": 0.0}) == "layer" for name in names) / steps
-    if not num_fused:
-        return dict(sizes)
-    products = ("qkv", "attn_output", "router", "gate_up", "down")
-    rest = {name: size for name, size in sizes.items() if name not in products}
-    if num_fused != num_layers:
-        return rest
-    first = sizes["qkv"] / num_layers
-    return {**rest, "qkv": first, "layer": sum(sizes[name] for name in products) - first}
+    called = list(names)
+    for kernel, parts in (("experts", _LAYER[-2:]), ("decode_row", _LAYER)):
+        if any(part_of(name, {kernel: 0.0}) == kernel for name in called):
+            rest = {name: size for name, size in sizes.items() if name not in parts}
+            return {**rest, kernel: sum(sizes[name] for name in parts)}
+    return dict(sizes)
 
 
 def prefill_sizes(
@@ -213,7 +209,7 @@ def take_profiles(
     titles = f"prefill of {prompt_tokens} tokens", f"a decode step of {steps.num_slots} streams"
     lines = read_lines(out / "prefill"), read_lines(out / "decode")
     names = [event.name for line in lines[1] for event in line]
-    of_decode = fused_sizes(sizes[1], names, num_steps, steps.config.num_layers)
+    of_decode = fused_sizes(sizes[1], names)
     return [sum_up(titles[0], lines[0], 1, sizes[0]), sum_up(titles[1], lines[1], num_steps, of_decode)]
 
 

@@ -62,12 +62,13 @@ def attend_decode(
     [B, N * H / 32, 2], the scale and scale * sum of the codes, beside keys, values and counters; rows past
     `count` are not written.
     """
-    num_rows, num_segments, num_kv_heads = qkv.shape[0], _num_segments(keys, tables), config.num_kv_heads
+    num_rows, num_kv_heads = qkv.shape[0], config.num_kv_heads
     width = config.num_heads * config.head_dim
     macros = _macros(config, keys, tables)
     plans = _plan(active, positions, tables, count, macros)
     assert counters.shape[0] >= num_rows * num_kv_heads
-    parts = (num_rows, num_kv_heads, num_segments, config.num_heads // num_kv_heads, config.head_dim + 4)
+    part = config.num_heads // num_kv_heads, config.head_dim + 4
+    parts = (num_rows, num_kv_heads, num_segments(keys, tables), *part)
     outputs = [*rounded_shapes(num_rows, width), *map(_shape_of, (keys, values, counters))]
     codes, scales, keys, values, counters, _ = ptx.launch(
         _FILE,
@@ -77,7 +78,7 @@ def attend_decode(
         [*outputs, jax.ShapeDtypeStruct(parts, jnp.float32)],
         grid=(num_kv_heads, plans.shape[0], 1),
         threads=_THREADS,
-        shared_size=decode_shared_size(config),
+        shared_size=decode_shared_size(config, _buffers()),
         number=layer,
         aliases={7: 2, 8: 3, 9: 4},
     )
@@ -154,12 +155,12 @@ def attend_prefill(
     return codes, scales
 
 
-def decode_shared_size(config: ModelConfig) -> int:
+def decode_shared_size(config: ModelConfig, buffers: int) -> int:
     """Bytes of `DecodeShared`: keys, values, shares, queries, the token's own, highest scores, a flag."""
     row_size = 2 * config.head_dim
     rows = 8 if config.num_heads <= 8 * config.num_kv_heads else 16
     incoming = 4 * config.head_dim * (config.num_heads // config.num_kv_heads + 5)
-    size = _buffers() * SEGMENT_LENGTH * row_size + 16 * row_size + max(16 * 2 * SEGMENT_LENGTH, incoming)
+    size = buffers * SEGMENT_LENGTH * row_size + 16 * row_size + max(16 * 2 * SEGMENT_LENGTH, incoming)
     return size + 2 * row_size + rows * 4 * _WARPS + 4
 
 
@@ -177,7 +178,7 @@ def variants(config: ModelConfig) -> Iterator[tuple[str, str, _Macros, int]]:
     tables = jax.ShapeDtypeStruct((8, 512), jnp.int32)
     sizes = {
         "plan_decode": 0,
-        "attend_decode": decode_shared_size(config),
+        "attend_decode": decode_shared_size(config, _buffers()),
         "prepare": 0,
         "attend_prefill": prefill_shared_size(config),
     }
@@ -186,9 +187,20 @@ def variants(config: ModelConfig) -> Iterator[tuple[str, str, _Macros, int]]:
 
 
 def _macros(config: ModelConfig, keys: Any, tables: Any) -> _Macros:
+    rows, stages = _query_rows()
+    return cache_macros(config, keys, tables) | {
+        "NUM_SEGMENTS": num_segments(keys, tables),
+        "QUERY_ROWS": rows,
+        "STAGES": stages,
+        "BUFFERS": _buffers(),
+        "DECODE_BLOCKS": max(1, _BLOCKS // config.num_kv_heads),
+    }
+
+
+def cache_macros(config: ModelConfig, keys: Any, tables: Any) -> _Macros:
+    """What attend.cuh must know of the heads and of the cache."""
     _, num_pages, page_length, num_kv_heads, head_dim = keys.shape
     assert keys.dtype == jnp.bfloat16, f"the kernels' cache is bfloat16, not {keys.dtype}"
-    rows, stages = _query_rows()
     return {
         "NUM_HEADS": config.num_heads,
         "NUM_KV_HEADS": num_kv_heads,
@@ -197,11 +209,6 @@ def _macros(config: ModelConfig, keys: Any, tables: Any) -> _Macros:
         "PAGE_LENGTH": page_length,
         "NUM_PAGES": num_pages,
         "TABLE_LENGTH": tables.shape[1],
-        "NUM_SEGMENTS": _num_segments(keys, tables),
-        "QUERY_ROWS": rows,
-        "STAGES": stages,
-        "BUFFERS": _buffers(),
-        "DECODE_BLOCKS": max(1, _BLOCKS // num_kv_heads),
     }
 
 
@@ -220,7 +227,8 @@ def _has_large_shared() -> bool:
     return str(getattr(jax.devices()[0], "compute_capability", "")) in _LARGE_SHARED
 
 
-def _num_segments(keys: Any, tables: Any) -> int:
+def num_segments(keys: Any, tables: Any) -> int:
+    """Segments of the longest context."""
     segments, rest = divmod(tables.shape[1] * keys.shape[2], SEGMENT_LENGTH)
     assert rest == 0, "a table covers whole segments"
     return segments

@@ -2,7 +2,19 @@
 #pragma once
 #include "common.cuh"
 
+constexpr int CHAINS = 16;  // of a logit's segment: README.md says which columns each has
 constexpr float LOG2_E = 1.44269504088896341f;
+
+// Ascending.
+DEVICE float sum_of_chains(const float4* chains) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < CHAINS / 4; i++) {
+        float4 v = chains[i];
+        sum = sum + v.x + v.y + v.z + v.w;
+    }
+    return sum;
+}
 
 // Larger floats have larger words.
 DEVICE u32 ordered_word(float v) {

@@ -85,6 +85,10 @@ DEVICE void load_matrices(u32 (&r)[4], const void* row) {
                  : "r"(address)
                  : "memory");
 }
+// A place in shared memory, as functions that are called are told it.
+typedef u32 SharedPlace;
+DEVICE SharedPlace place_in_shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE const u8* in_shared(SharedPlace place) { return (const u8*)__cvta_shared_to_generic(place); }
 // 16 bytes from global to shared memory in the background; zeros where not `wanted`.
 DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {
     u32 address = (u32)__cvta_generic_to_shared(shared), size = wanted ? 16 : 0;
@@ -112,6 +116,15 @@ DEVICE int add_in_order(int* counter, int number) {
                  : "memory");
     return before;
 }
+// The same without an answer: who sees the sum by wait_for sees what was written before.
+DEVICE void add_after(int* counter, int number) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(number) : "memory");
+}
+DEVICE int read_after(const int* counter) {
+    int number;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(counter) : "memory");
+    return number;
+}
 // Words that blocks of one launch hand each other, each on its own: what another block wrote is seen at some time.
 DEVICE uint4 read_words(const u32* p) {
     uint4 v;
@@ -120,6 +133,20 @@ DEVICE uint4 read_words(const u32* p) {
                  : "l"(p)
                  : "memory");
     return v;
+}
+DEVICE u32 read_word(const u32* p) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(p) : "memory");
+    return word;
+}
+// Two at once, each of which is whole.
+DEVICE ulonglong2 read_long_words(const u64* p) {
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+    return v;
+}
+DEVICE void write_long_words(u64* p, u64 a, u64 b) {
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1,%2};" ::"l"(p), "l"(a), "l"(b) : "memory");
 }
 DEVICE void write_word(u32* p, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory"); }
 DEVICE void let_others_run() {}  // between two looks at such words
@@ -131,6 +158,9 @@ DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
     return sum;
 }
 #else
+typedef const void* SharedPlace;
+DEVICE SharedPlace place_in_shared(const void* p) { return p; }
+DEVICE const u8* in_shared(SharedPlace place) { return (const u8*)place; }
 DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 b0, int c) { mma_int8(d, a0, a1, 0, 0, b0, 0, c); }
 DEVICE void load_matrices(u32 (&r)[4], const void* row) {
     int lane = threadIdx.x & 31;
@@ -144,14 +174,32 @@ DEVICE u32 highest_of_lanes(u32 v) {
     return v;
 }
 DEVICE int add_in_order(int* counter, int number) { return atomicAdd(counter, number); }
+DEVICE void add_after(int* counter, int number) { atomicAdd(counter, number); }
+DEVICE int read_after(const int* counter) { return *counter; }
 DEVICE uint4 read_words(const u32* p) { return *(const uint4*)p; }
+DEVICE u32 read_word(const u32* p) { return *p; }
+DEVICE ulonglong2 read_long_words(const u64* p) { return *(const ulonglong2*)p; }
 DEVICE void write_word(u32* p, u32 word) { *p = word; }
+DEVICE void write_long_words(u64* p, u64 a, u64 b) { *(ulonglong2*)p = make_ulonglong2(a, b); }
 DEVICE void fetch_to_cache(const void* p) { (void)*(const volatile u8*)p; }  // out of bounds shows here
 DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
     for (int i = 0; i < 32; i += 8) sum += (int)(a >> i & 255) * (i8)(b >> i);
     return sum;
 }
 #endif
+
+// Between two looks at what another block writes. Where it never does, the launch ends with an error after some seconds.
+DEVICE void look_again(u32& looks) {
+    constexpr u32 MOST_LOOKS = 1u << 24;
+    if (++looks == MOST_LOOKS) __trap();
+    let_others_run();
+}
+// Until other blocks of the launch have made a counter so high.
+DEVICE void wait_for(const int* counter, int number) {
+    u32 looks = 0;
+    while (read_after(counter) < number) look_again(looks);
+    __syncwarp();
+}
 
 DEVICE float sum_of_lanes(float v) {
 #pragma unroll
@@ -171,26 +219,29 @@ DEVICE float sum_of_squares(const float (&v)[8]) {
     return sum_of_lanes(sum);
 }
 
-// Round 32 numbers, 8 in each of 4 neighbouring lanes, to int8: the lane's codes, the scale and the sum of the
+// Round 32 numbers, NUM in each of 32 / NUM neighbouring lanes, to int8: the lane's codes, the scale and the sum of the
 // 32 codes. code = round(v * (127 / max)), half to even; scale = max / 127.
-DEVICE void quantise(const float (&v)[8], uint2& codes, float& scale, int& sum) {
+template <int NUM> DEVICE void round_group(const float (&v)[NUM], u32 (&codes)[NUM / 4], float& scale, int& sum) {
     float highest = fabsf(v[0]);
 #pragma unroll
-    for (int i = 1; i < 8; i++) highest = fmaxf(highest, fabsf(v[i]));
-    highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 1));
-    highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 2));
+    for (int i = 1; i < NUM; i++) highest = fmaxf(highest, fabsf(v[i]));
+#pragma unroll
+    for (int lanes = 1; lanes < 32 / NUM; lanes *= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, lanes));
     float inverse = highest > 0 ? __fdiv_rn(127.f, highest) : 0.f;
-    u32 words[2] = {0, 0};
     sum = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < NUM; i++) {
         int code = __float2int_rn(v[i] * inverse);
         sum += code;
-        words[i >> 2] |= (u32)(code & 255) << (8 * (i & 3));
+        codes[i >> 2] = (i & 3 ? codes[i >> 2] : 0u) | (u32)(code & 255) << (8 * (i & 3));
     }
-    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+#pragma unroll
+    for (int lanes = 1; lanes < 32 / NUM; lanes *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
     scale = highest * (1.f / 127.f);
+}
+DEVICE void quantise(const float (&v)[8], uint2& codes, float& scale, int& sum) {
+    u32 words[2];
+    round_group(v, words, scale, sum);
     codes = make_uint2(words[0], words[1]);
 }
 

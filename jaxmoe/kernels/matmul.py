@@ -6,8 +6,7 @@ With one row the products take the row itself and its norm instead: the kernel n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,14 +19,26 @@ from jax import Array, lax
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx, router
 from jaxmoe.kernels.comparison import Comparison
+from jaxmoe.kernels.packed import (
+    SEGMENT,
+    Fields,
+    absent_weights,
+    code_bits,
+    format_macro,
+    has_row_kernels,
+    pointers,
+    random_weights,
+    scale_size,
+    shared_rows_size,
+    with_fields,
+)
 from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_shapes, rounded_values
 from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
-from jaxmoe.quants import QuantTensor, dequantise, empty
+from jaxmoe.quants import QuantTensor, dequantise
 
-SEGMENT = 256
 FEW_ROWS = 64  # up to here a block has all segments of its weights at once, above it one after the other
 FEW_TILE, MANY_TILE = 8, 64  # pairs of one expert that are multiplied together
-_ROW, _DENSE, _FEW, _MANY = "matmul_row.cu", "matmul_dense.cu", "matmul_few.cu", "matmul_many.cu"
+_ROW, _DENSE, _MANY = "matmul_row.cu", "matmul_dense.cu", "matmul_many.cu"
 _MANY_THREADS = 128
 _MANY_FACTORS = 8192  # bytes of the scales of its weights
 _MANY_BLOCKS = 264  # that run at once: two on each of the 132 multiprocessors of an H200
@@ -37,23 +48,15 @@ _DENSE_WARPS = 24  # the most of a dense product of few rows
 _STREAM_WARPS = 12  # of one of very many outputs
 # Inputs of a step and steps kept, with one tile of columns and with more: the first that fits is the fastest.
 _STEPS = (((128, 2), (64, 3), (64, 2)), ((256, 1), (64, 3), (64, 2)))
-_MOST_WARPS = 20  # of a grouped product: with one more they would have fewer than 96 registers
 _ROW_STATIC_SIZE = 24 << 10  # of a one-row product: the inputs and the sums
 _STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
-# Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
-_SHARED_SIZES = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
-_SMALL_SHARED = 99 << 10
 
-_VARIANTS = (1, 8, 64, 2048)
 _DENSE_VARIANTS = (1, 8, 16, 32, 64, 2048)
 _COMPARED_ROWS = (1, 8, 64, 300)
 _STACK, _AT = 2, 1  # of the random weights: how many layers, and which is multiplied
 
-# Of random weights: products are then about as large as inputs, and minima take off half of the codes.
-_D_SCALE, _D_M_SCALE = 2e-4, 1.6e-3
 
 Defines = dict[str, int | float | str]
-Fields = list[dict[str, Any]]  # the arrays of some weights, by name
 Variant = tuple[str, str, Defines, int]
 
 
@@ -67,18 +70,23 @@ class Launch(NamedTuple):
     shared_size: int
 
     def __call__(
-        self, arrays: Sequence[Array], outputs: Sequence[jax.ShapeDtypeStruct], number: int
+        self,
+        arrays: Sequence[Array],
+        outputs: Sequence[jax.ShapeDtypeStruct],
+        number: int,
+        aliases: Mapping[int, int] | None = None,
     ) -> tuple[Array, ...]:
         """Run it, with the launch number. Raises KernelError where the GPU has too little shared memory."""
         size = self.shared_size + number + (_ROW_STATIC_SIZE if self.file == _ROW else _STATIC_SIZE)
-        if size > _shared_limit():
+        if size > ptx.shared_limit():
             raise ptx.KernelError(
                 f"{self.name} takes {size} bytes of shared memory with these weights, "
-                f"the GPU has {_shared_limit()}"
+                f"the GPU has {ptx.shared_limit()}"
             )
         return ptx.launch(
             self.file, self.name, self.defines, arrays, outputs, grid=self.grid,
             threads=int(self.defines["THREADS"]), shared_size=self.shared_size, number=number,
+            aliases=aliases,
         )  # fmt: skip
 
 
@@ -99,20 +107,6 @@ class Groups(NamedTuple):
     num_tiles: Array
 
 
-def is_supported(w: QuantTensor) -> bool:
-    """Whether the kernels can read the weight [..., N, K]."""
-    if w.layout != "rows" or w.shape[-1] % SEGMENT or w.shape[-2] % 16:
-        return False
-    if w.d is None:
-        return w.codes.dtype in (jnp.float16, jnp.bfloat16)
-    return w.group == 32 or (w.group == 16 and w.d_m is None and w.s is not None)
-
-
-def has_row_kernels(*weights: QuantTensor) -> bool:
-    """Whether one row can be multiplied on its own; the order of float sums is that of tensor cores."""
-    return all(w.d is not None for w in weights)
-
-
 def tile_length(num_rows: int) -> int:
     """Pairs of a tile for a step of that many rows."""
     return FEW_TILE if _is_few(num_rows) else MANY_TILE
@@ -124,7 +118,7 @@ def _is_few(num_rows: int) -> bool:
 
 def _has_many() -> bool:
     # the kernel for many rows takes more shared memory than the smaller GPUs have
-    return _shared_limit() > _SMALL_SHARED
+    return ptx.shared_limit() > ptx.SMALL_SHARED
 
 
 def _takes_many(num_rows: int, weights: Sequence[QuantTensor]) -> bool:
@@ -135,66 +129,25 @@ def _takes_many(num_rows: int, weights: Sequence[QuantTensor]) -> bool:
     return num_rows > least and _has_many()
 
 
-def _shared_limit() -> int:
-    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
-    return _SHARED_SIZES.get(capability, _SMALL_SHARED)
-
-
-def _format(w: QuantTensor) -> str:
-    if w.d is None:
-        half = 1 if w.codes.dtype == jnp.float16 else 2
-        return f"Format<16,1,1,0,false,false,false,false,{half}>"
-    flags = (w.s is not None, w.m is not None, w.d_m is not None, w.d.dtype == jnp.float32)
-    zero = w.zero if w.bits == 4 else 0  # 8-bit codes are stored without it
-    return f"Format<{w.bits},{w.group},{w.block},{zero},{','.join(str(flag).lower() for flag in flags)}>"
-
-
-def _pointers(w: QuantTensor) -> list[Array]:
-    """The arrays in the kernel's order; where one is absent the codes stand in and are not read."""
-    return [w.codes if array is None else array for array in (w.codes, w.s, w.m, w.d, w.d_m)]
-
-
 def _stage_size(weights: Sequence[QuantTensor], columns: int) -> int:
     """Shared memory of a step of the kernel for many rows: half a segment of rows and of columns."""
-    halves = weights if len(weights) == 2 else [max(weights, key=_code_bits)] * 2
-    codes = sum(_HALF_ROWS * (SEGMENT // 2 * _code_bits(w) // 8 + 16) for w in halves)
+    halves = weights if len(weights) == 2 else [max(weights, key=code_bits)] * 2
+    codes = sum(_HALF_ROWS * (SEGMENT // 2 * code_bits(w) // 8 + 16) for w in halves)
     return codes + columns * (SEGMENT // 2 + 16 + 48)
-
-
-def _code_bits(w: QuantTensor) -> int:
-    return 8 * w.codes.dtype.itemsize if w.d is None else w.bits
 
 
 def _weights(weights: Sequence[QuantTensor]) -> Defines:
     rows = [w.shape[-2] for w in weights] + [0, 0]
     macros: Defines = {f"ROWS_{i}": rows[i] for i in range(3)}
-    macros |= {f"FORMAT_{i}": _format(w) for i, w in enumerate(weights)}
+    macros |= {f"FORMAT_{i}": format_macro(w) for i, w in enumerate(weights)}
     return macros | {"K": weights[0].shape[-1], "MATRICES": prod(weights[0].codes.shape[1:-2])}
 
 
 def _many(weights: Sequence[QuantTensor], columns: int = MANY_TILE) -> tuple[Defines, int]:
-    stage, half = _stage_size(weights, columns), (_shared_limit() + 1024) // 2 - 2048
+    stage, half = _stage_size(weights, columns), (ptx.shared_limit() + 1024) // 2 - 2048
     stages = min(4, max(2, (half - _MANY_FACTORS) // stage))
     macros: Defines = {"BLOCKS_AN_SM": 2, "THREADS": _MANY_THREADS}
     return macros | {"MANY_COLUMNS": columns, "STAGES": stages}, stages * stage + _MANY_FACTORS
-
-
-def _shared_rows_size(w: QuantTensor, num_rows: int, pad: int) -> int:
-    """Bytes of `num_rows` rows of a weight in shared memory: SharedRows of weights.cuh."""
-    segments = w.shape[-1] // SEGMENT
-    size = segments * (SEGMENT * _code_bits(w) // 8 + pad) + _scale_size(w, segments)
-    return -(-num_rows * size // 16) * 16
-
-
-def _scale_size(w: QuantTensor, segments: int) -> int:
-    """Of them what the scales of one row take."""
-
-    def run(size: int) -> int:
-        return segments * size + (16 if segments * size % 32 == 0 else 0)
-
-    size = 0 if w.s is None else run(16 if w.group == 16 else 8)
-    size += 0 if w.m is None else run(8)
-    return size + sum(run(SEGMENT // w.block * d.dtype.itemsize) for d in (w.d, w.d_m) if d is not None)
 
 
 def _many_columns(blocks: int, num_rows: int) -> int:
@@ -205,7 +158,7 @@ def _many_columns(blocks: int, num_rows: int) -> int:
 
 def _row_size(w: QuantTensor) -> int:
     """Bytes of one row of a weight in shared memory."""
-    return _shared_rows_size(w, 16, 16) // 16
+    return shared_rows_size(w, 16, 16) // 16
 
 
 class _Tiles(NamedTuple):
@@ -220,7 +173,7 @@ class _Tiles(NamedTuple):
         """Bytes of shared memory, with room for a residual."""
         segments, columns, height = _segments(weights), 8 * self.columns, 16 * self.rows
         inputs = (self.stages * self.step + 64) * segments * columns
-        needed = inputs + max(_shared_rows_size(w, height, 16) for w in weights)
+        needed = inputs + max(shared_rows_size(w, height, 16) for w in weights)
         return max(needed, segments * columns * (height + 4) * 4) + height * columns * 4
 
     def grid(self, num_rows: int, weights: Sequence[QuantTensor]) -> tuple[int, int, int]:
@@ -231,8 +184,8 @@ class _Tiles(NamedTuple):
 
     def cost(self, num_rows: int, weights: Sequence[QuantTensor]) -> int:
         """Bytes of codes that a multiprocessor reads, in those of 8 rows of inputs: fewer are faster."""
-        rounds = -(-prod(self.grid(num_rows, weights)) // _num_multiprocessors())
-        return rounds * (self.rows * max(map(_code_bits, weights)) // 4 + self.columns)
+        rounds = -(-prod(self.grid(num_rows, weights)) // ptx.num_multiprocessors())
+        return rounds * (self.rows * max(map(code_bits, weights)) // 4 + self.columns)
 
     def groups(self, weights: Sequence[QuantTensor]) -> dict[str, int]:
         """Warps of a segment side by side: of few columns each has its own rows, of many its own columns."""
@@ -258,8 +211,8 @@ def _stream_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defin
     w, tiles = weights[0], next(n for n in (1, 2, 4, 8) if 8 * n >= num_rows)
     if len(weights) > 1 or w.d is None or w.shape[-2] < _MANY_OUTPUTS:
         return None
-    inputs, scales = _segments(weights) * 8 * tiles * 320, -(-16 * _scale_size(w, 1) // 16) * 16
-    room = (_shared_limit() - _STATIC_SIZE - inputs) // _STREAM_WARPS - scales
+    inputs, scales = _segments(weights) * 8 * tiles * 320, -(-16 * scale_size(w, 1) // 16) * 16
+    room = (ptx.shared_limit() - _STATIC_SIZE - inputs) // _STREAM_WARPS - scales
     for step, least in ((128, 4), (64, 2)):
         size = 16 * step * w.bits // 8
         kept = min(room // size, 2048 // step, SEGMENT // step * _segments(weights) + 1)
@@ -283,54 +236,14 @@ def _few_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defines,
         for steps in _STEPS[columns > 1]
         if 4 * columns < max(num_rows, 5) and 16 * rows <= min(w.shape[-2] for w in weights)
     ]
-    fitting = [one for one in found if one.size(weights) + _STATIC_SIZE <= _shared_limit()]
+    fitting = [one for one in found if one.size(weights) + _STATIC_SIZE <= ptx.shared_limit()]
     best = min(fitting or found[:1], key=lambda one: one.cost(num_rows, weights))
     return best.defines(weights), best.size(weights), best.grid(num_rows, weights)
 
 
-def _inputs_size(segments: int) -> int:
-    """Bytes of the inputs of a tile of a grouped product."""
-    return segments * FEW_TILE * (SEGMENT + 32 + 80)
-
-
-def _grouped_launch(
-    weights: Sequence[QuantTensor], stage: int, num_units: int, num_steps: int
-) -> tuple[Defines, int]:
-    """Macros and shared memory of a grouped product: `num_steps` steps a tile, each of `stage` bytes."""
-    fixed = 2 * (_inputs_size(_segments(weights)) + num_units * 16 * 9 * 4)
-    fitting = [
-        n for n in (4, 3, 2) if n <= num_steps + 1 and n * stage + fixed + _STATIC_SIZE <= _shared_limit()
-    ]
-    if not fitting:
-        raise ptx.KernelError(
-            f"a step of a grouped product takes {2 * stage + fixed} bytes of shared memory, "
-            f"the GPU has {_shared_limit()}"
-        )
-    multiplying = min(num_units, 16)
-    copying = _copying_warps(weights, _MOST_WARPS - multiplying - 1)
-    macros: Defines = {"THREADS": 32 * (multiplying + copying + 1), "COPYING": copying, "STAGES": fitting[0]}
-    return macros, fitting[0] * stage + fixed
-
-
-def _copying_warps(weights: Sequence[QuantTensor], most: int) -> int:
-    """Warps that copy: where they take whole rows at a time, addresses cost the least."""
-    pieces = [w.shape[-1] * _code_bits(w) // 128 for w in weights]
-    fitting = [n for n in (4, 3, 2) if n <= most]
-    return next((n for n in fitting if not any(32 * n % count for count in pieces)), fitting[0])
-
-
-def knows_multiprocessors() -> bool:
-    """Whether the device says how many it has; without a GPU any number will do."""
-    return jax.default_backend() != "gpu" or hasattr(jax.devices()[0], "core_count")
-
-
-def _num_multiprocessors() -> int:
-    return int(getattr(jax.devices()[0], "core_count", 132))
-
-
 def _row_launch(row_size: int, tasks_a_row: int) -> tuple[Defines, int]:
     """Macros and shared memory of a kernel for one row, whose blocks keep as many weight rows as fit."""
-    rows = 16 if 16 * row_size + _ROW_STATIC_SIZE <= _shared_limit() else 8
+    rows = 16 if 16 * row_size + _ROW_STATIC_SIZE <= ptx.shared_limit() else 8
     threads = min(32 * -(-rows * tasks_a_row // 32), 512)
     return {"ROWS": rows, "THREADS": threads}, rows * row_size
 
@@ -363,8 +276,8 @@ def dense(
     """
     launch = _dense_launch(name, inputs, weights, has_residual=residual is not None)
     first = [inputs.x, inputs.norm] if isinstance(inputs, Row) else list(inputs)
-    pointers = [array for w in weights for array in _pointers(w)]
-    arrays = [*first, *pointers, *([] if residual is None else [residual]), count]
+    operands = [array for w in weights for array in pointers(w)]
+    arrays = [*first, *operands, *([] if residual is None else [residual]), count]
     shape = (first[0].shape[0], sum(w.shape[-2] for w in weights))
     (out,) = launch(arrays, [jax.ShapeDtypeStruct(shape, jnp.float32)], _number(inputs, index))
     return out
@@ -385,7 +298,7 @@ def _dense_launch(
         defines |= launch | ({"NORMED": 1} if isinstance(inputs, Row) else {})
         grid = (all_rows // int(launch["ROWS"]), 1, 1)
     elif not has_residual and num_rows <= FEW_ROWS and (stream := _stream_launch(num_rows, weights)):
-        file, (few, size), grid = _DENSE, stream, (_num_multiprocessors(), 1, 1)
+        file, (few, size), grid = _DENSE, stream, (ptx.num_multiprocessors(), 1, 1)
         defines |= few
     elif not _takes_many(num_rows, weights):
         file, (few, size, grid) = _DENSE, _few_launch(num_rows, weights)
@@ -401,7 +314,7 @@ def _dense_launch(
 
 def gate_up_of_row(row: Row, gate: QuantTensor, up: QuantTensor, ids: Array, *, index: int = 0) -> Array:
     """silu(gate) * up of one row's experts, float32 [A, F]: gate and up [n, E, F, D], ids int32 [1, A]."""
-    arrays = [row.x, row.norm, ids, *_pointers(gate), *_pointers(up)]
+    arrays = [row.x, row.norm, ids, *pointers(gate), *pointers(up)]
     shape = jax.ShapeDtypeStruct((ids.shape[1], gate.shape[-2]), jnp.float32)
     (out,) = _gate_up_row_launch(row, gate, up, ids.shape[1])(arrays, [shape], _number(row, index))
     return out
@@ -423,13 +336,13 @@ def gate_up(
     experts_per_token: int,
     index: int = 0,
 ) -> Rounded:
-    """silu(gate) * up of each (row, expert) pair, rounded: codes [T*A, F], scales [T*A, F/32, 2].
+    """silu(gate) * up of each pair (row, expert) of many rows, rounded: codes [T*A, F] and their scales.
 
     Gate and up are [n, E, F, D], `groups` the pairs by expert.
     """
     num_rows, num_tiles = inputs.codes.shape[0], groups.tiles.shape[0]
     launch = _gate_up_launch(num_rows, gate, up, experts_per_token, num_tiles)
-    arrays = [*inputs, *groups, *_pointers(gate), *_pointers(up)]
+    arrays = [*inputs, *groups, *pointers(gate), *pointers(up)]
     return Rounded(*launch(arrays, rounded_shapes(num_rows * experts_per_token, gate.shape[-2]), index))
 
 
@@ -439,10 +352,6 @@ def _gate_up_launch(
     width = gate.shape[-2]
     defines = _weights([gate, up]) | _grouped(num_rows)
     defines |= {"NAME": "gate_up", "GATE_UP": 1, "ACTIVE": num_active, "NORMS": 1}
-    if _is_few(num_rows):
-        stage, num_units = sum(_shared_rows_size(w, 16, 16) for w in (gate, up)), 2 * _segments([gate])
-        launch, size = _grouped_launch([gate, up], stage, num_units, width // 16)
-        return Launch(_FEW, "gate_up", defines | launch, (_num_multiprocessors(), 1, 1), size)
     many, size = _many([gate, up])
     return Launch(_MANY, "gate_up", defines | many, (width // _HALF_ROWS, num_tiles, 1), size)
 
@@ -459,7 +368,7 @@ def down_of_row(
     hidden float32 [A, F], ids and weights [1, A].
     """
     shape = jax.ShapeDtypeStruct((1, w.shape[-2]), jnp.float32)
-    arrays = [hidden, ids, weights, residual, *_pointers(w)]
+    arrays = [hidden, ids, weights, residual, *pointers(w)]
     (out,) = _down_row_launch(w, ids.shape[1])(arrays, [shape], index)
     return out
 
@@ -471,24 +380,17 @@ def _down_row_launch(w: QuantTensor, num_active: int) -> Launch:
 
 
 def down(hidden: Rounded, w: QuantTensor, groups: Groups, *, num_rows: int, index: int = 0) -> Array:
-    """Each pair's expert output: hidden [T*A, F] -> float32 [T*A, D]; `num_rows` is T."""
+    """Each pair's expert output, of many rows: hidden [T*A, F] -> float32 [T*A, D]; `num_rows` is T."""
     shape = jax.ShapeDtypeStruct((hidden.codes.shape[0], w.shape[-2]), jnp.float32)
     launch = _down_launch(num_rows, w, groups.tiles.shape[0])
-    (out,) = launch([*hidden, *groups, *_pointers(w)], [shape], index)
+    (out,) = launch([*hidden, *groups, *pointers(w)], [shape], index)
     return out
 
 
 def _down_launch(num_rows: int, w: QuantTensor, num_tiles: int) -> Launch:
-    segments, width = w.shape[-1] // SEGMENT, w.shape[-2]
     defines = _weights([w]) | {"NAME": "down", "DOWN": 1, "NORMS": 1} | _grouped(num_rows)
-    if _is_few(num_rows):
-        row_tiles = max(n for n in (1, 2, 4, 8) if n * segments <= 16 or n == 1)
-        stage, num_steps = _shared_rows_size(w, 16 * row_tiles, 32), width // (16 * row_tiles)
-        launch, size = _grouped_launch([w], stage, row_tiles * segments, num_steps)
-        defines |= launch | {"ROW_TILES": row_tiles}
-        return Launch(_FEW, "down", defines, (_num_multiprocessors(), 1, 1), size)
     many, size = _many([w])
-    return Launch(_MANY, "down", defines | many, (width // 128, num_tiles, 1), size)
+    return Launch(_MANY, "down", defines | many, (w.shape[-2] // 128, num_tiles, 1), size)
 
 
 # --- Twins, in plain jax, of activations that are rounded or not.
@@ -547,32 +449,32 @@ def _dense_launches(config: ModelConfig) -> Iterator[Launch]:
     q4, q6 = GGMLType.Q4_K, GGMLType.Q6_K
     for num_rows in _DENSE_VARIANTS:
         for kind in (q4, q6):
-            qkv = _absent_weights((q4, q4, kind), _qkv_shapes(config))
+            qkv = absent_weights((q4, q4, kind), _qkv_shapes(config))
             if qkv:
                 yield _dense_launch("qkv", _absent_inputs(num_rows, config), qkv)
     cases = [(num_rows, q4) for num_rows in _DENSE_VARIANTS]
     for num_rows, kind in (*cases, (1, GGMLType.Q5_K), (2048, GGMLType.Q8_0), (8, GGMLType.F16)):
-        if out := _absent_weights([kind], [_out_shape(config)]):
+        if out := absent_weights([kind], [_out_shape(config)]):
             inputs = _absent_rounded(num_rows, out[0].shape[-1])
             yield _dense_launch("attn_output", inputs, out, has_residual=True)
     for num_rows in [n for n in _DENSE_VARIANTS if n <= FEW_ROWS]:
         for kind in (q4, q6):
-            if head := _absent_weights([kind], [_head_shape(config)]):
+            if head := absent_weights([kind], [_head_shape(config)]):
                 yield _dense_launch("lm_head", _absent_rounded(num_rows, config.d_model), head)
 
 
 def _grouped_launches(config: ModelConfig) -> Iterator[Launch]:
     active, (wide, narrow) = config.experts_per_token, _expert_shapes(config)
-    for num_rows in _VARIANTS:
+    for num_rows in (1, 2048) if _has_many() else (1,):
         num_tiles = router.max_tiles(num_rows, config, tile_length(num_rows))
         inputs = _absent_inputs(num_rows, config)
-        for gate, up in zip(*[iter(_absent_weights([GGMLType.Q4_K] * 2, [wide] * 2))] * 2, strict=True):
+        for gate, up in zip(*[iter(absent_weights([GGMLType.Q4_K] * 2, [wide] * 2))] * 2, strict=True):
             if isinstance(inputs, Row):
                 yield _gate_up_row_launch(inputs, gate, up, active)
             else:
                 yield _gate_up_launch(num_rows, gate, up, active, num_tiles)
         for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
-            for down in _absent_weights([kind], [narrow]):
+            for down in absent_weights([kind], [narrow]):
                 is_row = num_rows == 1
                 yield _down_row_launch(down, active) if is_row else _down_launch(num_rows, down, num_tiles)
 
@@ -610,15 +512,6 @@ def _absent_inputs(num_rows: int, config: ModelConfig) -> Rounded | Row:
         return _absent_rounded(num_rows, config.d_model)
     norm = _absent(config.num_layers, config.d_model)
     return Row(_absent(1, config.d_model), norm, 0, float(config.norm_eps))
-
-
-def _absent_weights(kinds: Sequence[GGMLType], shapes: Sequence[tuple[int, ...]]) -> list[QuantTensor]:
-    """Weights without their numbers; none where the kernels cannot read one of them."""
-    if any(shape[-1] % SEGMENT for shape in shapes):
-        return []
-    both = zip(kinds, shapes, strict=True)
-    weights = [empty(kind, shape, "rows", new=jax.ShapeDtypeStruct) for kind, shape in both]
-    return weights if all(map(is_supported, weights)) else []
 
 
 def comparisons(config: ModelConfig, seed: int, only: str | None = None) -> Iterator[Comparison]:
@@ -667,10 +560,10 @@ def _dense_comparisons(
     shapes: Sequence[tuple[int, ...]],
     counts: Sequence[int],
 ) -> Iterator[Comparison]:
-    absent = _absent_weights(kinds, shapes)
+    absent = absent_weights(kinds, shapes)
     if not absent:
         return
-    fields = _random_weights(rng, absent)
+    fields = random_weights(rng, absent)
     for num_rows in counts:
         eps = config.norm_eps if name == "qkv" and num_rows == 1 else None
         x, out = _random_rows(rng, (num_rows, absent[0].shape[-1]), (num_rows, config.d_model))
@@ -685,11 +578,11 @@ def _dense_comparison(
     at = min(_AT, absent[0].shape[0] - 1)
 
     def kernel(fields: Fields, x: Array, norm: Array, residual: Array | None, count: Array) -> Array:
-        weights = _with_fields(absent, fields)
+        weights = with_fields(absent, fields)
         return dense(name, _entering(x, norm, eps), weights, count, index=at, residual=residual)
 
     def plain(fields: Fields, x: Array, residual: Array | None) -> Array:
-        return dense_twin(x, _with_fields(absent, fields), index=at, residual=residual)
+        return dense_twin(x, with_fields(absent, fields), index=at, residual=residual)
 
     def twin(fields: Fields, x: Array, norm: Array, residual: Array | None, count: Array) -> Array:
         return plain(fields, _rounded_twin(x, norm, eps), residual)
@@ -700,14 +593,19 @@ def _dense_comparison(
     return Comparison(title, kernel, twin, float_twin, arrays)
 
 
+def _grouped_rows() -> tuple[int, ...]:
+    """Rows whose gate_up and down are compared here: those of few rows are one launch, in experts.py."""
+    return (1, 300) if _has_many() else (1,)
+
+
 def _gate_up_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
     wide, _ = _expert_shapes(config)
-    for kind, counts in ((GGMLType.Q4_K, _compared_rows(config)), (GGMLType.Q6_K, [1, 8, 300])):
-        absent = _absent_weights([kind] * 2, [wide] * 2)
+    for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
+        absent = absent_weights([kind] * 2, [wide] * 2)
         if not absent:
             continue
-        fields = _random_weights(rng, absent)
-        for num_rows in counts:
+        fields = random_weights(rng, absent)
+        for num_rows in _grouped_rows():
             (x,), ids = _random_rows(rng, (num_rows, config.d_model)), _random_ids(rng, num_rows, config)
             arrays = (fields, x, _random_norm(rng, config), ids, _count(num_rows))
             yield _gate_up_comparison(_title("gate_up", num_rows, [kind] * 2), config, absent, arrays)
@@ -720,14 +618,14 @@ def _gate_up_comparison(
     eps = config.norm_eps if num_rows == 1 else None
 
     def kernel(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
-        (gate, up), inputs = _with_fields(absent, fields), _entering(x, norm, eps)
+        (gate, up), inputs = with_fields(absent, fields), _entering(x, norm, eps)
         if isinstance(inputs, Row):
             return (gate_up_of_row(inputs, gate, up, ids, index=_AT),)
         groups = _groups(ids, count, config)
         return _readable(gate_up(inputs, gate, up, groups, experts_per_token=active, index=_AT))
 
     def plain(fields: Fields, x: Array, ids: Array) -> Array:
-        gate, up = _with_fields(absent, fields)
+        gate, up = with_fields(absent, fields)
         return gate_up_twin(x, gate, up, ids, index=_AT)
 
     def twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
@@ -743,12 +641,12 @@ def _gate_up_comparison(
 
 def _down_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
     active, (_, narrow) = config.experts_per_token, _expert_shapes(config)
-    for kind, counts in ((GGMLType.Q4_K, [1, 8, 300]), (GGMLType.Q6_K, _compared_rows(config))):
-        absent = _absent_weights([kind], [narrow])
+    for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
+        absent = absent_weights([kind], [narrow])
         if not absent:
             continue
-        fields = _random_weights(rng, absent)
-        for num_rows in counts:
+        fields = random_weights(rng, absent)
+        for num_rows in _grouped_rows():
             hidden, shares, residual = _random_rows(
                 rng, (num_rows * active, config.expert_width), (num_rows, active), (1, config.d_model)
             )
@@ -765,13 +663,13 @@ def _down_comparison(
     def kernel(
         fields: Fields, hidden: Array, ids: Array, shares: Array, residual: Array, count: Array
     ) -> Array:
-        (w,) = _with_fields(absent, fields)
+        (w,) = with_fields(absent, fields)
         if num_rows == 1:
             return down_of_row(hidden, w, ids, shares, residual, index=_AT)
         return down(round_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=_AT)
 
     def plain(fields: Fields, hidden: Array, ids: Array, shares: Array, residual: Array) -> Array:
-        (w,) = _with_fields(absent, fields)
+        (w,) = with_fields(absent, fields)
         y = down_twin(hidden, w, ids, index=_AT)
         return residual + jnp.sum(shares.reshape(-1, 1) * y, axis=0)[None] if num_rows == 1 else y
 
@@ -782,11 +680,6 @@ def _down_comparison(
         return plain(fields, hidden, *rest[:3])
 
     return Comparison(title, kernel, twin, float_twin, arrays)
-
-
-def _with_fields(absent: Sequence[QuantTensor], fields: Fields) -> list[QuantTensor]:
-    """Weights with their numbers, which a traced function takes as arguments."""
-    return [replace(w, **arrays) for w, arrays in zip(absent, fields, strict=True)]
 
 
 def _entering(x: Array, norm: Array, eps: float | None) -> Rounded | Row:
@@ -833,20 +726,3 @@ def _random_norm(rng: np.random.Generator, config: ModelConfig) -> Array:
 def _random_ids(rng: np.random.Generator, num_rows: int, config: ModelConfig) -> Array:
     order = rng.random((num_rows, config.num_experts)).argsort(axis=1)
     return jnp.asarray(order[:, : config.experts_per_token], jnp.int32)
-
-
-def _random_weights(rng: np.random.Generator, absent: Sequence[QuantTensor]) -> Fields:
-    """Numbers for weights of 4-bit or 8-bit codes, with which products are about as large as inputs."""
-    return [
-        {name: jnp.asarray(_random_field(rng, name, array)) for name, array in w.arrays.items()}
-        for w in absent
-    ]
-
-
-def _random_field(rng: np.random.Generator, name: str, array: jax.ShapeDtypeStruct) -> np.ndarray:
-    if name in ("d", "d_m"):
-        scale = _D_M_SCALE if name == "d_m" else _D_SCALE
-        return rng.uniform(scale / 2, scale, array.shape).astype(array.dtype)
-    numbers = rng.integers(0, 256, array.shape, np.uint8).view(array.dtype)
-    # 4-bit codes and the scales of Q6_K are any byte, others have 6 bits
-    return numbers if (name == "codes") == (array.dtype == jnp.uint8) else numbers >> numbers.dtype.type(2)

@@ -342,16 +342,7 @@ DEVICE void dense(const Weight& w, int rows, int block, int first_out, const i8*
 
 template <class F, int ROWS> constexpr int NUM_BLOCKS = (ROWS + HEIGHT_OF<F> - 1) / HEIGHT_OF<F>;
 
-KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, WEIGHT(0),
-#if ROWS_1
-    WEIGHT(1), WEIGHT(2),
-#endif
-#ifdef RESIDUAL
-    const float* residual,
-#else
-#define residual nullptr
-#endif
-    const int* count, float* out) {
+KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, DENSE_WEIGHTS, DENSE_RESIDUAL const int* count, float* out) {
     int block = blockIdx.y;
 #if ROWS_1
     constexpr int BLOCKS_0 = NUM_BLOCKS<FORMAT_0, ROWS_0>, BLOCKS_1 = NUM_BLOCKS<FORMAT_1, ROWS_1>;
@@ -361,13 +352,13 @@ KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, WEIGHT(0),
     int rows = is_2 ? ROWS_2 : is_1 ? ROWS_1 : ROWS_0, first_out = is_2 ? ROWS_0 + ROWS_1 : is_1 ? ROWS_0 : 0;
     Weight w = choose(is_2, GIVEN(2), choose(is_1, GIVEN(1), GIVEN(0)));
     if (is_2 && !IS_SAME<FORMAT_0, FORMAT_2>)
-        dense<FORMAT_2>(w, rows, block, first_out, codes, scales, residual, count, out);
+        dense<FORMAT_2>(w, rows, block, first_out, codes, scales, GIVEN_RESIDUAL, count, out);
     else if (is_1 && !IS_SAME<FORMAT_0, FORMAT_1>)
-        dense<FORMAT_1>(w, rows, block, first_out, codes, scales, residual, count, out);
+        dense<FORMAT_1>(w, rows, block, first_out, codes, scales, GIVEN_RESIDUAL, count, out);
     else
-        dense<FORMAT_0>(w, rows, block, first_out, codes, scales, residual, count, out);
+        dense<FORMAT_0>(w, rows, block, first_out, codes, scales, GIVEN_RESIDUAL, count, out);
 #else
-    dense<FORMAT_0>(GIVEN(0), ROWS_0, block, 0, codes, scales, residual, count, out);
+    dense<FORMAT_0>(GIVEN(0), ROWS_0, block, 0, codes, scales, GIVEN_RESIDUAL, count, out);
 #endif
 }
 #endif  // STREAM

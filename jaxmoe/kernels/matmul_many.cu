@@ -349,28 +349,19 @@ DEVICE void dense(const Weight& w, int rows, int row, int out_row, const i8* cod
 
 constexpr int BLOCKS_0 = (ROWS_0 + 127) / 128, BLOCKS_1 = (ROWS_1 + 127) / 128;
 
-KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, WEIGHT(0),
-#if ROWS_1
-    WEIGHT(1), WEIGHT(2),
-#endif
-#ifdef RESIDUAL
-    const float* residual,
-#else
-#define residual nullptr
-#endif
-    const int* count, float* out) {
+KERNEL(THREADS, BLOCKS_AN_SM) NAME(const i8* codes, const float* scales, DENSE_WEIGHTS, DENSE_RESIDUAL const int* count, float* out) {
     int num_columns = count[0], block = blockIdx.x;
     if (blockIdx.y * MANY_COLUMNS >= num_columns) return;
     if (block < BLOCKS_0) {
-        dense<FORMAT_0>(GIVEN(0), ROWS_0, block * 128, block * 128, codes, scales, residual, num_columns, out);
+        dense<FORMAT_0>(GIVEN(0), ROWS_0, block * 128, block * 128, codes, scales, GIVEN_RESIDUAL, num_columns, out);
         return;
     }
 #if ROWS_1
     block -= BLOCKS_0;
     if (block < BLOCKS_1)
-        dense<FORMAT_1>(GIVEN(1), ROWS_1, block * 128, ROWS_0 + block * 128, codes, scales, residual, num_columns, out);
+        dense<FORMAT_1>(GIVEN(1), ROWS_1, block * 128, ROWS_0 + block * 128, codes, scales, GIVEN_RESIDUAL, num_columns, out);
     else
-        dense<FORMAT_2>(GIVEN(2), ROWS_2, (block - BLOCKS_1) * 128, ROWS_0 + ROWS_1 + (block - BLOCKS_1) * 128, codes, scales, residual, num_columns, out);
+        dense<FORMAT_2>(GIVEN(2), ROWS_2, (block - BLOCKS_1) * 128, ROWS_0 + ROWS_1 + (block - BLOCKS_1) * 128, codes, scales, GIVEN_RESIDUAL, num_columns, out);
 #endif
 }
 #endif  // DENSE

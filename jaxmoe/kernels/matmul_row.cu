@@ -37,21 +37,12 @@ template <class F> DEVICE void dense(const Weight& w, int rows, int row, int out
     multiply_rows<F, Rows>(sums, shared, input);
     __syncthreads();
     if (threadIdx.x < ROWS) {
-        float sum = total<SEGMENTS>(sums + threadIdx.x * SEGMENTS);
+        float sum = total<Rows>(sums, threadIdx.x);
         out[out_row + threadIdx.x] = residual ? before + sum : sum;
     }
 }
 
-KERNEL(THREADS, 1) NAME(INPUT, WEIGHT(0),
-#if ROWS_1
-    WEIGHT(1), WEIGHT(2),
-#endif
-#ifdef RESIDUAL
-    const float* residual,
-#else
-#define residual nullptr
-#endif
-    const int*, float* out) {
+KERNEL(THREADS, 1) NAME(INPUT, DENSE_WEIGHTS, DENSE_RESIDUAL const int*, float* out) {
     int row = blockIdx.x * ROWS;
 #if ROWS_1
     // weights of one format share the code: less of it to fetch
@@ -59,15 +50,15 @@ KERNEL(THREADS, 1) NAME(INPUT, WEIGHT(0),
     int before = is_2 ? ROWS_0 + ROWS_1 : is_1 ? ROWS_0 : 0, rows = is_2 ? ROWS_2 : is_1 ? ROWS_1 : ROWS_0;
     Weight w = choose(is_2, GIVEN(2), choose(is_1, GIVEN(1), GIVEN(0)));
     if (IS_SAME<FORMAT_0, FORMAT_1> && IS_SAME<FORMAT_1, FORMAT_2>)
-        dense<FORMAT_0>(w, rows, row - before, row, GIVEN_INPUT, residual, out);
+        dense<FORMAT_0>(w, rows, row - before, row, GIVEN_INPUT, GIVEN_RESIDUAL, out);
     else if (is_2)
-        dense<FORMAT_2>(w, rows, row - before, row, GIVEN_INPUT, residual, out);
+        dense<FORMAT_2>(w, rows, row - before, row, GIVEN_INPUT, GIVEN_RESIDUAL, out);
     else if (is_1 && !IS_SAME<FORMAT_0, FORMAT_1>)
-        dense<FORMAT_1>(w, rows, row - before, row, GIVEN_INPUT, residual, out);
+        dense<FORMAT_1>(w, rows, row - before, row, GIVEN_INPUT, GIVEN_RESIDUAL, out);
     else
-        dense<FORMAT_0>(w, rows, row - before, row, GIVEN_INPUT, residual, out);
+        dense<FORMAT_0>(w, rows, row - before, row, GIVEN_INPUT, GIVEN_RESIDUAL, out);
 #else
-    dense<FORMAT_0>(GIVEN(0), ROWS_0, row, row, GIVEN_INPUT, residual, out);
+    dense<FORMAT_0>(GIVEN(0), ROWS_0, row, row, GIVEN_INPUT, GIVEN_RESIDUAL, out);
 #endif
 }
 #endif  // DENSE
@@ -91,8 +82,8 @@ KERNEL(THREADS, 1) NAME(const float* x, const float* norm, const int* ids, WEIGH
     multiply_gate_up<FORMAT_0, Gate, FORMAT_1, Up>(sums, shared, input);
     __syncthreads();
     if (threadIdx.x < ROWS) {
-        const float* gate = sums + threadIdx.x * SEGMENTS;
-        out[blockIdx.y * ROWS_0 + first + threadIdx.x] = swiglu(total<SEGMENTS>(gate), total<SEGMENTS>(gate + Gate::TASKS));
+        float gate = total<Gate>(sums, threadIdx.x), up = total<Gate>(sums + Gate::TASKS, threadIdx.x);
+        out[blockIdx.y * ROWS_0 + first + threadIdx.x] = swiglu(gate, up);
     }
 }
 #endif  // GATE_UP

@@ -27,13 +27,19 @@ from jaxmoe.user_cache import private_directory
 logger = logging.getLogger(__name__)
 
 _TARGET: Final = "__gpu$xla.gpu.ptx"
-_HEADERS: Final = ("common.cuh", "weights.cuh", "row.cuh", "choose.cuh")
+_HEADERS: Final = ("common.cuh", "weights.cuh", "row.cuh", "choose.cuh", "attend.cuh", "rounding.cuh")
 _OPTIONS: Final = ("--std=c++17", "-default-device", "--fmad=false")
 # The architectures that are compiled for, and the oldest PTX version that can name each; the kernels use
 # nothing newer. NVRTC writes the version of its own release, which an older driver refuses. A GPU between two
 # of them runs the PTX of the lower one. Source: NVIDIA, "PTX ISA", release notes.
 _PTX_VERSIONS: Final = {80: "7.0", 89: "7.8", 90: "7.8", 100: "8.6", 120: "8.7"}
 _OLDEST: Final = min(_PTX_VERSIONS)
+# Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
+_SHARED_SIZES: Final = {
+    **dict.fromkeys(("8.0", "8.7"), 163 << 10),
+    **dict.fromkeys(("9.0", "10.0", "10.3"), 227 << 10),
+}
+SMALL_SHARED: Final = 99 << 10
 _LINES_OF_LOG: Final = 12
 _INSTALL: Final = "install jaxmoe[cuda12] or jaxmoe[cuda13]"
 _TRIAL_NUMBER: Final = 7
@@ -100,6 +106,22 @@ def _trial() -> str | None:
         if np.array_equal(np.asarray(found), numbers + _TRIAL_NUMBER):
             return None
     return "this jax runs kernels in PTX, but a small one gave a wrong result"
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a block may have."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    return _SHARED_SIZES.get(capability, SMALL_SHARED)
+
+
+def knows_multiprocessors() -> bool:
+    """Whether the device says how many it has; without a GPU any number will do."""
+    return jax.default_backend() != "gpu" or hasattr(jax.devices()[0], "core_count")
+
+
+def num_multiprocessors() -> int:
+    """How many the device has; 132 where there is no GPU."""
+    return int(getattr(jax.devices()[0], "core_count", 132))
 
 
 def explain(error: BaseException) -> str | None:

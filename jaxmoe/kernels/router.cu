@@ -9,13 +9,13 @@
 //
 // Macros: E; A. For the routes D, NORMS, EPS; the launch number is the place of the weights * NORMS + layer of the
 // norm. For route_few and route_many REST: the rows of the last tile of tokens. For route_few the tile of a block,
-// TILE_E experts x TILE_T tokens, and a thread's NE x NT. For group ROWS, TILE.
+// TILE_E experts x TILE_T tokens, a thread's NE x NT, and ZEROS. For group ROWS, TILE.
 #include "choose.cuh"
+#include "rounding.cuh"
 
 #ifndef TILE
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr int CHAINS = 16;
 constexpr int SEGMENTS = D / SEGMENT;
 constexpr int PAIRS = (SEGMENTS + 1) / 2;
 #ifdef ROUTE_FEW
@@ -151,16 +151,6 @@ DEVICE void sum_chains(const float* x, const float* g, const float* w, float (*c
     }
 }
 
-DEVICE float sum_of_chains(const float4* chains) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < CHAINS / 4; i++) {
-        float4 v = chains[i];
-        sum = sum + v.x + v.y + v.z + v.w;
-    }
-    return sum;
-}
-
 // One token, real or not: the kernels that follow read its experts. The last block chooses.
 KERNEL(THREADS, 1)
 route_row(const float* x, const float* norm, const float* w, const int*, const int*, int* ids, float* weights,
@@ -183,16 +173,16 @@ route_row(const float* x, const float* norm, const float* w, const int*, const i
 #endif
 
 #if defined(ROUTE_FEW) || defined(ROUTE_MANY)
-// The sums of squares of one segment of N tokens of a tile, which the blocks of the tile share among them: token k
-// of a block is blockIdx.x + k * gridDim.x. Past the end the last one is summed once more.
+// The sums of squares of one segment of N tokens of a tile, which its `blocks` share among them: token k of a block is
+// blockIdx.x + k * blocks. Past the end the last one is summed once more.
 template <int TOKENS, int N>
-DEVICE void add_squares(int k, int segment, const float* x, int first_token, int limit, float* sums) {
+DEVICE void add_squares(int k, int blocks, int segment, const float* x, int first_token, int limit, float* sums) {
     float v[N][8];
     size_t rows[N];
     segment = min(segment, SEGMENTS - 1);
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        int token = min((int)(blockIdx.x + (k + n) * gridDim.x), TOKENS - 1);
+        int token = min((int)blockIdx.x + (k + n) * blocks, TOKENS - 1);
         rows[n] = min(first_token + token, limit - 1);
         load8(v[n], x + rows[n] * D + segment * SEGMENT + threadIdx.x % 32 * 8);
     }
@@ -275,20 +265,37 @@ DEVICE void sum_chains(float4* rows) {
     __syncthreads();
 }
 
-// Some tokens: grid (tiles of experts, tiles of tokens, segments); the last block of a tile of tokens chooses for it.
+// The norm of a token, rounded; and zeros for what follows to count in.
+DEVICE void norm_token(const float* x, const float* g, int token, bool is_real, u8* codes, float* scales, int* zeros) {
+    __shared__ float segment_sums[SEGMENTS];
+    Rounding<D, WARPS> rounding;
+    size_t row = token;
+    rounding.norm(x + row * D, g, EPS, segment_sums, codes + row * D, scales + row * (D / GROUP * 2), is_real);
+    if (token > 0) return;
+    for (int i = threadIdx.x; i < ZEROS; i += THREADS) zeros[i] = 0;
+}
+
+// Some tokens: grid (tiles of experts, tiles of tokens, segments); the last block of a tile of tokens chooses for it. Behind
+// the last segment, so that they start last, are blocks for the norm of a token each.
 KERNEL(THREADS, 1)
 route_few(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
-          int* counters, float* sums) {
+          int* counters, float* sums, u8* codes, float* scales, int* zeros) {
     extern __shared__ __align__(16) u8 shared[];
     float4* rows = (float4*)shared;
-    int first_token = blockIdx.y * TILE_T, limit = (gridDim.y - 1) * TILE_T + REST, num_tokens = *count;
-    int number = launch_number<SHARED_SIZE>(), index = number / NORMS;
+    int first_token = blockIdx.y * TILE_T, limit = (gridDim.y - 1) * TILE_T + REST;
+    int number = launch_number<SHARED_SIZE>(), index = number / NORMS, tiles_of_experts = gridDim.x;
+    norm += (size_t)(number % NORMS) * D;
+    if (blockIdx.z >= SEGMENTS) {
+        int token = first_token + (blockIdx.z - SEGMENTS) * tiles_of_experts + blockIdx.x;
+        if (token < min(first_token + TILE_T, limit)) norm_token(x, norm, token, token < *count, codes, scales, zeros);
+        return;
+    }
     fetch(rows, x, w + (size_t)index * E * D, first_token, limit);
+    int end = min(first_token + TILE_T, min(*count, limit));  // read once the copies are on their way
     int place = threadIdx.x % WIDTH;
-    float4 g = load_columns(norm + (size_t)(number % NORMS) * D, blockIdx.z * SEGMENT + place * 4);
-    for (int k = threadIdx.x / 32; k * (int)gridDim.x < TILE_T; k += WARPS)
-        add_squares<TILE_T, 1>(k, blockIdx.z, x, first_token, limit, sums);
-    int end = min(first_token + TILE_T, min(num_tokens, limit));
+    float4 g = load_columns(norm, blockIdx.z * SEGMENT + place * 4);
+    for (int k = threadIdx.x / 32; k * tiles_of_experts < TILE_T; k += WARPS)
+        add_squares<TILE_T, 1>(k, tiles_of_experts, blockIdx.z, x, first_token, limit, sums);
     if (first_token >= end) return;
     wait_copies<0>();
 #pragma unroll
@@ -308,7 +315,7 @@ route_few(const float* x, const float* norm, const float* w, const int* count, c
         if (first_token + token < end && expert < E)
             sums[(size_t)(first_token + token) * STRIDE + blockIdx.z * E + expert] = sum;
     }
-    if (is_last(counters + blockIdx.y, gridDim.x * SEGMENTS))
+    if (is_last(counters + blockIdx.y, tiles_of_experts * SEGMENTS))
         choose_tile<TILE_T / WARPS>(sums, first_token, end, ids, weights);
 }
 #endif
@@ -408,7 +415,7 @@ route_many(const float* x, const float* norm, const float* w, const int* count, 
     }
     float4 next = load_columns(g, own_column(0));
     for (int k = warp / 2 * 8; k * (int)gridDim.x < TILE_T; k += 32)
-        add_squares<TILE_T, 8>(k, blockIdx.z * 2 + warp % 2, x, first_token, limit, sums);
+        add_squares<TILE_T, 8>(k, gridDim.x, blockIdx.z * 2 + warp % 2, x, first_token, limit, sums);
     float totals[NT][NE];
 #pragma unroll
     for (int i = 0; i < NT * NE; i++) totals[i / NE][i % NE] = 0;

@@ -2,14 +2,14 @@
 
 The kernels are in router.cu. `counters` is int32 [NUM_COUNTERS], zero before and after each kernel that has
 it, attention's too; the router uses counters[i] for the i-th tile of tokens, grouping uses none. Three
-kernels route: one row, few rows and many; they give the same bits.
+kernels route: one row, few rows and many; they give the same bits. That for few also makes their norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from jax import Array, lax
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx
 from jaxmoe.kernels.comparison import Comparison
-from jaxmoe.kernels.rows import rms_norm
+from jaxmoe.kernels.rounding import Rounded, rounded_shapes, rounded_values
+from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
 
 FILE: Final = "router.cu"
 NUM_COUNTERS: Final = 16384  # of attention too: key heads times slots
@@ -61,6 +62,24 @@ def _cut(rows: int) -> _Cut:
     return _Cut("route_many", _MANY_EXPERTS, _MANY_TOKENS, {"ROUTE_MANY": 1}, size)
 
 
+class Routed(NamedTuple):
+    """Ids int32 and weights [T, A] of the experts, the counters, and the norm of the rows.
+
+    `inputs` and `zeros`, int32 for what follows to count in, are there of few rows only.
+    """
+
+    ids: Array
+    weights: Array
+    counters: Array
+    inputs: Rounded | None = None
+    zeros: Array | None = None
+
+
+def makes_norms(rows: int) -> bool:
+    """Whether `route` also gives the norm of so many rows."""
+    return 1 < rows <= _MOST_FEW
+
+
 def route(
     x: Array,
     norm: Array,
@@ -71,21 +90,24 @@ def route(
     config: ModelConfig,
     layer: int,
     index: int,
-) -> tuple[Array, Array, Array]:
-    """The A best experts of the first `count` rows and their weights -> ids int32, weights [T, A], counters.
+    num_zeros: int = 1,
+) -> Routed:
+    """The A best experts of the first `count` rows and their weights.
 
     x [T, D], norm [L, D] (of which `layer` is used), w [n, E, D] (of which `index` is used), all float32;
     count int32 [1]. Ties go to the lower id. Rows from `count` on are left as they are found.
     """
-    rows = x.shape[0]
-    name, defines, grid, shared_size = _route_launch(rows, norm.shape[0], config)
-    shapes = (
+    rows, width = x.shape
+    name, defines, grid, shared_size = _route_launch(rows, norm.shape[0], config, num_zeros)
+    shapes = [
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.int32),
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.float32),
         jax.ShapeDtypeStruct(counters.shape, jnp.int32),
         jax.ShapeDtypeStruct((rows, _num_sums(name, config)), jnp.float32),
-    )
-    ids, weights, counters, _ = ptx.launch(
+    ]
+    if makes_norms(rows):
+        shapes += [*rounded_shapes(rows, width), jax.ShapeDtypeStruct((num_zeros,), jnp.int32)]
+    ids, weights, counters, _, *rest = ptx.launch(
         FILE,
         name,
         defines,
@@ -97,7 +119,10 @@ def route(
         number=index * norm.shape[0] + layer,
         aliases={4: 2},
     )
-    return ids, weights, counters
+    if not rest:
+        return Routed(ids, weights, counters)
+    codes, scales, zeros = rest
+    return Routed(ids, weights, counters, Rounded(codes, scales), zeros)
 
 
 def _num_parts(name: str, config: ModelConfig) -> int:
@@ -112,7 +137,7 @@ def _num_sums(name: str, config: ModelConfig) -> int:
 
 
 def _route_launch(
-    rows: int, num_norms: int, config: ModelConfig
+    rows: int, num_norms: int, config: ModelConfig, num_zeros: int = 1
 ) -> tuple[str, Defines, tuple[int, int, int], int]:
     """Name, macros, grid and shared size of the router's kernel for this many rows."""
     assert config.d_model % SEGMENT == 0, f"rows of {config.d_model} columns are no whole segments"
@@ -131,7 +156,11 @@ def _route_launch(
     if rows == 1:
         return cut.name, defines, (expert_tiles, 1, 1), 0
     defines["REST"] = rows - (token_tiles - 1) * cut.tokens
-    return cut.name, defines, (expert_tiles, token_tiles, _num_parts(cut.name, config)), cut.shared_size
+    depth = _num_parts(cut.name, config)
+    if makes_norms(rows):
+        defines["ZEROS"] = num_zeros
+        depth += -(-cut.tokens // expert_tiles)  # the blocks of the norms
+    return cut.name, defines, (expert_tiles, token_tiles, depth), cut.shared_size
 
 
 def _check_experts(config: ModelConfig) -> None:
@@ -242,10 +271,17 @@ def _route_comparison(config: ModelConfig, rng: np.random.Generator, rows: int) 
     layer, index = config.num_layers - 1, 1
 
     def kernel(*arrays: Array) -> tuple[Array, ...]:
-        return route(*arrays, config=config, layer=layer, index=index)
+        routed = route(*arrays, config=config, layer=layer, index=index)
+        if routed.inputs is None or routed.zeros is None:
+            return routed[:3]
+        return (*routed[:3], *_readable(routed.inputs), routed.zeros)
 
-    def twin(*arrays: Array) -> tuple[Array, ...]:
-        return route_twin(*arrays, config=config, layer=layer, index=index)
+    def twin(x: Array, norm: Array, w: Array, count: Array, counters: Array) -> tuple[Array, ...]:
+        routed = route_twin(x, norm, w, count, counters, config=config, layer=layer, index=index)
+        if not makes_norms(rows):
+            return routed
+        normed = norm_quantise_twin(x, norm, count, eps=config.norm_eps, layer=layer)
+        return (*routed, *_readable(Rounded(*normed)), jnp.zeros(1, jnp.int32))
 
     def random(*shape: int) -> Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32))
@@ -254,6 +290,10 @@ def _route_comparison(config: ModelConfig, rng: np.random.Generator, rows: int) 
     norm = random(config.num_layers, config.d_model)
     scaled = w * jnp.float32(config.d_model**-0.5)
     return Comparison(f"route, {rows} rows", kernel, twin, None, (x, norm, scaled, _count(rows), _counters()))
+
+
+def _readable(inputs: Rounded) -> tuple[Array, Array]:
+    return rounded_values(inputs), inputs.scales[..., 1]
 
 
 def _group_comparison(config: ModelConfig, rng: np.random.Generator, rows: int, tile: int) -> Comparison:

@@ -153,8 +153,18 @@ template <int COUNT> DEVICE void put_segment(SharedRow<COUNT>& row, int segment,
     put_scales(row.scales_of(segment), scale, sum, 1.f);
 }
 
-// The sum of one segment of one row: x its inputs, `scales` theirs.
-template <class F, class Rows> struct Dot {
+// One segment of one row of a weight in shared memory, and of inputs.
+struct Segment {
+    SharedPlace codes, s, m, d, d_m, x, scales;
+};
+
+// Its sum. Inlined, or where DOT_CALLED is set a function: products that alternate then find its code in the nearest cache.
+#ifdef DOT_CALLED
+#define DOT static __device__ __noinline__
+#else
+#define DOT METHOD static
+#endif
+template <class F> struct Dot {
     // High nibbles stay where they are: 16 times the sum, and a sixteenth of d. Both are exact.
     static constexpr bool IN_PLACE = F::BITS == 4 && F::ZERO == 0;
 
@@ -165,9 +175,10 @@ template <class F, class Rows> struct Dot {
     }
 
     static_assert(!F::HALF, "floats are summed by tensor cores alone, in their order");
-    METHOD static float multiply(const u8* from, int row, int segment, const u8* x, const float2* scales) {
-        const u8 *codes = from + Rows::at_codes(row, segment), *d = from + Rows::at_d(row, segment);
-        const u8 *s = from + Rows::at_s(row, segment), *m = from + Rows::at_m(row, segment), *d_m = from + Rows::at_d_m(row, segment);
+    DOT float multiply(Segment at) {
+        const u8 *codes = in_shared(at.codes), *d = in_shared(at.d), *x = in_shared(at.x);
+        const u8 *s = in_shared(at.s), *m = in_shared(at.m), *d_m = in_shared(at.d_m);
+        const float2* scales = (const float2*)in_shared(at.scales);
         float total = 0;
 #pragma unroll 1
         for (int pair = 0; pair < 4; pair++) {  // two blocks of 32 inputs
@@ -225,20 +236,31 @@ template <class Rows> DEVICE int row_of(int task, int& segment) {
     return BY_SEGMENT ? task % Rows::HEIGHT : task / Rows::NUM_SEGMENTS;
 }
 
-// The products of all rows and segments of Rows, and of as many inputs: sums[row * segments + segment].
+// Row `row` of Rows at `from`, and segment `input_segment` of inputs.
+template <class F, class Rows, int COUNT>
+DEVICE float multiply_segment(const u8* from, int row, int segment, SharedRow<COUNT>& input, int input_segment) {
+    const u8 *s = from + Rows::at_s(row, segment), *m = from + Rows::at_m(row, segment), *d_m = from + Rows::at_d_m(row, segment);
+    return Dot<F>::multiply({place_in_shared(from + Rows::at_codes(row, segment)), place_in_shared(s), place_in_shared(m),
+                             place_in_shared(from + Rows::at_d(row, segment)), place_in_shared(d_m),
+                             place_in_shared(input.codes_of(input_segment)), place_in_shared(input.scales_of(input_segment))});
+}
+
+// The products of all rows and segments of Rows, and of as many inputs: a sum for each task.
 template <class F, class Rows> DEVICE void multiply_rows(float* sums, const u8* from, SharedRow<Rows::NUM_SEGMENTS>& input) {
 #pragma unroll 1
     for (int task = threadIdx.x; task < Rows::TASKS; task += THREADS) {
         int segment, row = row_of<Rows>(task, segment);
-        float sum = Dot<F, Rows>::multiply(from, row, segment, input.codes_of(segment), input.scales_of(segment));
-        sums[row * Rows::NUM_SEGMENTS + segment] = sum;
+        sums[task] = multiply_segment<F, Rows>(from, row, segment, input, segment);
     }
 }
 
-template <int COUNT> DEVICE float total(const float* sums) {
+// A row's, from the sums of the tasks.
+template <class Rows> DEVICE float total(const float* sums, int row) {
+    constexpr bool BY_SEGMENT = Rows::ROW_STRIDE == Rows::CODE_STRIDE;
+    sums += BY_SEGMENT ? row : row * Rows::NUM_SEGMENTS;
     float sum = sums[0];
 #pragma unroll
-    for (int i = 1; i < COUNT; i++) sum = sum + sums[i];
+    for (int i = 1; i < Rows::NUM_SEGMENTS; i++) sum = sum + sums[BY_SEGMENT ? i * Rows::HEIGHT : i];
     return sum;
 }
 
@@ -249,13 +271,11 @@ DEVICE void multiply_gate_up(float* sums, const u8* from, SharedRow<Gate::NUM_SE
     for (int i = threadIdx.x; i < 2 * Gate::TASKS; i += THREADS) {
         bool is_up = i >= Gate::TASKS;
         int segment, row = row_of<Gate>(is_up ? i - Gate::TASKS : i, segment);
-        const u8* codes = input.codes_of(segment);
-        const float2* scales = input.scales_of(segment);
-        float& sum = sums[(is_up ? Gate::TASKS : 0) + row * Gate::NUM_SEGMENTS + segment];
+        float& sum = sums[i];
         if (IS_SAME<FG, FU> || !is_up)  // weights of one format share the code: less of it to fetch
-            sum = Dot<FG, Gate>::multiply(from + (is_up ? Gate::SIZE : 0), row, segment, codes, scales);
+            sum = multiply_segment<FG, Gate>(from + (is_up ? Gate::SIZE : 0), row, segment, input, segment);
         else
-            sum = Dot<FU, Up>::multiply(from + Gate::SIZE, row, segment, codes, scales);
+            sum = multiply_segment<FU, Up>(from + Gate::SIZE, row, segment, input, segment);
     }
 }
 
@@ -264,16 +284,14 @@ template <class F, class Rows, class Place, int ALL> DEVICE void multiply_down(f
 #pragma unroll 1
     for (int i = threadIdx.x; i < ALL * Rows::HEIGHT; i += THREADS) {
         int j = i / Rows::TASKS, segment, row = row_of<Rows>(i % Rows::TASKS, segment), from = j * Rows::NUM_SEGMENTS + segment;
-        float sum = Dot<F, Rows>::multiply(place(j), row, segment, input.codes_of(from), input.scales_of(from));
-        sums[j * Rows::TASKS + row * Rows::NUM_SEGMENTS + segment] = sum;
+        sums[i] = multiply_segment<F, Rows>(place(j), row, segment, input, from);
     }
 }
 
 // The weighted sum of a row's experts, from the sums of multiply_down.
 template <class Rows, int EXPERTS> DEVICE float sum_of_experts(const float* sums, const float (&shares)[EXPERTS], int row) {
-    const float* mine = sums + row * Rows::NUM_SEGMENTS;
-    float sum = shares[0] * total<Rows::NUM_SEGMENTS>(mine);
+    float sum = shares[0] * total<Rows>(sums, row);
 #pragma unroll
-    for (int j = 1; j < EXPERTS; j++) sum = fmaf(shares[j], total<Rows::NUM_SEGMENTS>(mine + j * Rows::TASKS), sum);
+    for (int j = 1; j < EXPERTS; j++) sum = fmaf(shares[j], total<Rows>(sums + j * Rows::TASKS, row), sum);
     return sum;
 }

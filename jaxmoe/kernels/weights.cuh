@@ -35,6 +35,19 @@ DEVICE Weight choose(bool first, const Weight& a, const Weight& b) {
 }
 #define WEIGHT(n) const u8 *codes_##n, const i8 *s_##n, const i8 *m_##n, const void *d_##n, const void *d_m_##n
 #define GIVEN(n) Weight{codes_##n, s_##n, m_##n, d_##n, d_m_##n}
+// A dense product has one weight, or three whose outputs lie side by side, and adds a residual or not.
+#if ROWS_1
+#define DENSE_WEIGHTS WEIGHT(0), WEIGHT(1), WEIGHT(2)
+#else
+#define DENSE_WEIGHTS WEIGHT(0)
+#endif
+#ifdef RESIDUAL
+#define DENSE_RESIDUAL const float* residual,
+#define GIVEN_RESIDUAL residual
+#else
+#define DENSE_RESIDUAL
+#define GIVEN_RESIDUAL nullptr
+#endif
 
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: added to an integer below 2^22 it gives its float's low bits
 constexpr int MAGIC_BITS = 0x4B400000;
@@ -277,13 +290,14 @@ template <class F, class Rows, int COPIERS = THREADS> struct RowsCopy {  // COPI
     // Start the copy of the rows from `row` on.
     METHOD void start(u8* to, size_t row) const {
         const u8* p = codes + row * (Rows::NUM_SEGMENTS * F::BYTES);
+        u8* here = to + codes_to;
 #pragma unroll 8  // all at once, the addresses would not fit the registers
-        for (int i = 0; i < (ALL + COPIERS - 1) / COPIERS; i++)
-            if (ALL % COPIERS == 0 || i * COPIERS + thread < ALL) {
-                // mostly a thread's pieces lie whole rows apart
-                int here = COPIERS % A_ROW == 0 ? codes_to + i * (COPIERS / A_ROW) * Rows::ROW_STRIDE : place(thread + i * COPIERS);
-                copy_async(to + here, p + i * COPIERS * 16);
-            }
+        for (int i = 0; i < (ALL + COPIERS - 1) / COPIERS; i++) {
+            // mostly a thread's pieces lie whole rows apart
+            if (COPIERS % A_ROW != 0) here = to + place(thread + i * COPIERS);
+            if (ALL % COPIERS == 0 || i * COPIERS + thread < ALL) copy_async(here, p);
+            here += COPIERS / A_ROW * Rows::ROW_STRIDE, p += COPIERS * 16;
+        }
         start_scales(to, row);
     }
     METHOD void start_scales(u8* to, size_t row) const {
