@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe import demo_model
 from jaxmoe.config import ModelConfig
+from jaxmoe.gguf import read_gguf
 from jaxmoe.kernels.comparison import Comparison
 from jaxmoe.model import Decoder
-from tools import agreement, device_check
+from jaxmoe.tokenizer import Tokenizer
+from tools import agreement, demo_corpus, device_check
 from tools.agreement import Company, Forward, Paths, batch_invariance, whole_model
+from tools.demo_corpus import Conversation, Split, make_conversation
 from tools.device_check import Finding, bare, check, complaints, sources_hash
 from tools.player import open_model, random_ids
 
@@ -366,6 +370,31 @@ def test_too_far_from_the_float_path() -> None:
 def test_nan_passes_nothing() -> None:
     plain = _logits(0)
     assert not whole_model(_paths(plain, plain, plain * np.nan), [range(400)]).passed
+
+
+def test_the_demo_model_is_asked_held_out_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[tuple[int, ...]]] = {}
+    splits: set[str] = set()
+
+    def made(number: int, split: Split) -> Conversation:
+        splits.add(split)
+        return make_conversation(number, split)
+
+    def note(path: Path, prompts: Callable[[int], list[tuple[int, ...]]]) -> list[agreement.Agreement]:
+        asked[path.name] = prompts(2048)
+        return []
+
+    monkeypatch.setattr(device_check, "_agreement", note)
+    monkeypatch.setattr(demo_corpus, "make_conversation", made)
+    device_check.check_models({"a file": Path("random.gguf")}, seed=7)
+    assert [len(prompt) for prompt in asked["random.gguf"]] == [500] * 4
+    assert [len(prompt) for prompt in asked["demo.gguf"]] == [500] * 4
+    assert (
+        asked["demo.gguf"] == device_check.held_out_prompts(7, 2048) != device_check.held_out_prompts(8, 2048)
+    )
+    text = Tokenizer.from_gguf(read_gguf(demo_model())).decode(asked["demo.gguf"][0])
+    assert "<|im_start|>user" in text
+    assert splits == {"held_out"}
 
 
 def test_divergence_by_hand() -> None:

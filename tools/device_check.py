@@ -4,8 +4,8 @@
 
 - kernels: each kernel against its twin and its float twin, on random arrays of the shapes of SHAPES, three
   times on outputs that held 0xFF bytes before; the three results must have the same bits.
-- model: 2,000 positions of a synthetic file, and of --model's: greedy ids as the rounded twin's, divergence
-  from the float path, ids where the float path is sure.
+- model: 2,000 positions of random ids in a synthetic file, and in --model's, and of held-out conversations in
+  the demo model: greedy ids as the rounded twin's, divergence from the float path, ids where that is sure.
 - batch: ids and page bytes of a stream in every batch and chunk size.
 
 Without --out a run of all parts writes contracts/evidence/GPU/kernels.json, with a hash of the kernels'
@@ -30,12 +30,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module, metadata
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 
+from jaxmoe import demo_model
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels.comparison import Comparison
 from tools.environment import ROOT, host_name, read_environment
@@ -317,8 +319,12 @@ def _errors(found: Finding) -> dict[str, float | None]:
 
 
 def check_models(files: Mapping[str, Path], seed: int) -> Document:
-    """Agreement of the three paths on each file."""
-    return {name: _guarded(name, partial(_agreement, path, seed)) for name, path in files.items()}
+    """Agreement of the three paths on each file, and on the demo model."""
+    asked: dict[str, Callable[[], list[Agreement]]] = {
+        name: partial(_agreement, path, partial(_random_prompts, seed)) for name, path in files.items()
+    }
+    asked["demo model"] = partial(_agreement, demo_model(), partial(held_out_prompts, seed))
+    return {name: _guarded(name, ask) for name, ask in asked.items()}
 
 
 def check_batches(files: Mapping[str, Path], seed: int) -> Document:
@@ -326,14 +332,32 @@ def check_batches(files: Mapping[str, Path], seed: int) -> Document:
     return {name: _guarded(name, partial(_invariance, path, seed)) for name, path in files.items()}
 
 
-def _agreement(path: Path, seed: int) -> list[Agreement]:
+def _agreement(path: Path, prompts: Callable[[int], list[tuple[int, ...]]]) -> list[Agreement]:
     from tools.agreement import open_paths, whole_model
-    from tools.player import random_ids
 
     paths, vocab_size = open_paths(path, PROMPT_LENGTH)
-    count = -(-POSITIONS // PROMPT_LENGTH)
-    prompts = [random_ids(PROMPT_LENGTH, vocab_size, (seed, i)) for i in range(count)]
-    return [whole_model(paths, prompts)]
+    return [whole_model(paths, prompts(vocab_size))]
+
+
+def _random_prompts(seed: int, vocab_size: int) -> list[tuple[int, ...]]:
+    from tools.player import random_ids
+
+    return [random_ids(PROMPT_LENGTH, vocab_size, (seed, i)) for i in range(-(-POSITIONS // PROMPT_LENGTH))]
+
+
+def held_out_prompts(seed: int, _: int) -> list[tuple[int, ...]]:
+    """Conversations that the demo model was not trained on, one after the other, cut into prompts."""
+    from tools.demo_corpus import make_conversation
+    from tools.demo_rows import Renderer
+    from tools.demo_vocabulary import vocabulary_of
+
+    renderer = Renderer(vocabulary_of(demo_model()))
+    token_ids: list[int] = []
+    for number in count(seed):
+        token_ids += renderer.sample(make_conversation(number, "held_out")).tokens
+        if len(token_ids) >= POSITIONS:
+            break
+    return [tuple(token_ids[i : i + PROMPT_LENGTH]) for i in range(0, POSITIONS, PROMPT_LENGTH)]
 
 
 def _invariance(path: Path, seed: int) -> list[Invariance]:
