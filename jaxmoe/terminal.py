@@ -178,10 +178,16 @@ class Chat:
                 print(printable(str(error)))
 
     def read(self) -> int:
-        """Answer each line of stdin."""
-        for line in sys.stdin:
-            if not self._take(line.removesuffix("\n")):
-                break
+        """Answer each line of stdin; raises ChatError where that is no text."""
+        try:
+            for line in sys.stdin:
+                if not self._take(line.removesuffix("\n")):
+                    break
+        except UnicodeDecodeError as error:
+            bad = error.object[error.start]
+            raise ChatError(
+                f"stdin must be {error.encoding} text, byte 0x{bad:02x}: {error.reason}"
+            ) from error
         return 0
 
     def _take(self, line: str) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
+from server.access import is_loopback
 from server.app import create_app
 from server.lifetime import BACKLOG, KEEP_ALIVE_SECONDS
 from server.settings import OPTIONS, SettingError, Settings, read_settings
@@ -36,6 +37,10 @@ def main(arguments: list[str] | None = None, prog: str = "python -m server") -> 
         reason = str(error.strerror).partition(" (while")[0]
         print(f"cannot listen on {given['host']}:{given['port']}: {reason}", file=sys.stderr)
         return 1
+    if settings.api_key is None and not is_loopback(listening.getsockname()[0]):
+        print(
+            "anyone who reaches this port can use the model: JAXMOE_API_KEY asks for a key", file=sys.stderr
+        )
     settings = replace(settings, url=_url(given["host"], listening))
     asyncio.run(serve(create_app(settings), _config(listening, settings)))
     return 0

@@ -25,7 +25,7 @@ def check_access(request: Request, settings: Settings) -> None:
     """
     host = request.headers.get("Host", "")
     address = (request.scope.get("server") or ("",))[0]
-    if _is_loopback(address) and _host_name(f"//{host}") not in (*LOCAL_HOSTS, *settings.allowed_hosts):
+    if is_loopback(address) and _host_name(f"//{host}") not in (*LOCAL_HOSTS, *settings.allowed_hosts):
         raise Failure(403, "this host name is not served here: see JAXMOE_ALLOWED_HOSTS")
     origin = request.headers.get("Origin")
     if origin is not None and origin.partition("://")[2].lower() != host.lower():
@@ -49,7 +49,8 @@ def _host_name(url: str) -> str | None:
         return None
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches what listens on the address."""
     try:
         return ip_address(address).is_loopback
     except ValueError:  # a Unix socket

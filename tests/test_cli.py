@@ -216,7 +216,9 @@ Chatting = Callable[..., tuple[int, Model]]
 def chatting(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Chatting:
     """Runs `jaxmoe chat` on lines of stdin and a model with these answers."""
 
-    def chat(lines: str | io.StringIO, answers: list[Any], *options: str) -> tuple[int, Model]:
+    def chat(
+        lines: str | io.StringIO | io.TextIOWrapper, answers: list[Any], *options: str
+    ) -> tuple[int, Model]:
         model = Model(tiny_gguf, answers)
         monkeypatch.setattr(terminal, "LLM", lambda *_: model.llm)
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines) if isinstance(lines, str) else lines)
@@ -267,6 +269,15 @@ def test_a_wrong_command_ends_a_script_with_1(
 ) -> None:
     assert chatting(f"{line}\nhello\n", [])[0] == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_pipe_that_is_no_text_ends_with_what_is_wrong(
+    chatting: Chatting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    status, model = chatting(lines, [])
+    assert (status, model.asked) == (1, [])
+    assert "stdin must be utf-8 text, byte 0xe9" in capsys.readouterr().err
 
 
 def test_thinking_is_left_out_of_a_pipe_and_of_the_history(

@@ -419,6 +419,21 @@ def test_python_m_server_says_what_is_wrong(tmp_path: Path, tiny_gguf: Path) -> 
     assert (status, output.strip()) == (1, f"cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
+@pytest.mark.parametrize(
+    ("host", "key", "warns"), [("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("127.0.0.1", None, False)]
+)
+def test_an_open_port_without_a_key_is_warned_of(
+    host: str, key: str | None, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAXMOE_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("JAXMOE_API_KEY", key)
+    port, missing = free_port(), str(tmp_path / "none.gguf")
+    with started(["server", missing, "--host", host, "--port", str(port)], port=port) as process:
+        _, output = process.end()
+    assert ("JAXMOE_API_KEY asks for a key" in output) == warns
+
+
 # The real steps.
 
 
