@@ -5,12 +5,12 @@ import { copyButton, element } from "./dom.js";
 
 const MAX_DEPTH = 8;
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^`]*)$/;
+const FENCE = /^( {0,3})(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+)(\S.*)?$/;
-const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const TABLE_RULE = /^\s*(?:\|\s*)?:?-+:?\s*(?:\|\s*:?-+:?\s*)*(?:\|\s*)?$/;
 
 /** Show `text` in `container`; elements of blocks that are as they were stay, so a growing text is cheap. */
 export function showMarkdown(container, text) {
