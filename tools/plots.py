@@ -36,10 +36,12 @@ PARTS = {
     "attend_decode": "attention over the cache",
     "attn_output": "attention's output product",
     "route_row": "router",
+    "route_few": "router",
     "router": "router",
     "gate_up": "experts, gate and up",
     "down": "experts, down",
     "experts": "experts, gate, up and down",
+    "combine": "experts, their sum",
     "decode_row": "all layers",
     "lm_head": "output layer",
     "sample": "sampling",
@@ -344,6 +346,7 @@ PLOTS = {
     "speed.svg": Plot("h200/bench.json", read_rates, draw_speed),
     "gaps.svg": Plot("h200/bench.json", read_rates, draw_gaps),
     "step.svg": Plot("h200/trace-30b.json", read_step, draw_step),
+    "step-8.svg": Plot("h200/trace-30b-8.json", read_step, draw_step),
 }
 
 
