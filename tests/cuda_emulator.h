@@ -843,16 +843,17 @@ static inline uint32_t pack_half(float low, float high) {
 namespace emulator {
 typedef int Ints __attribute__((vector_size(32)));
 typedef double Doubles __attribute__((vector_size(64)));
-static void multiply_int8(Warp& warp, int half) {
+template <class Code> static void multiply_codes(Warp& warp, int half) {
     static const int M = 16, K = 32;
     int a[M][K];
     Ints b[K];
     for (int lane = 0; lane < 32; lane++) {
-        const int8_t* codes = (const int8_t*)warp.slots[half][lane];
+        const Code* rows = (const Code*)warp.slots[half][lane];
+        const int8_t* codes = (const int8_t*)rows;
         int row = lane / 4, k = lane % 4 * 4;
         for (int i = 0; i < 4; i++) {
-            a[row][k + i] = codes[i], a[row + 8][k + i] = codes[4 + i];
-            a[row][k + 16 + i] = codes[8 + i], a[row + 8][k + 16 + i] = codes[12 + i];
+            a[row][k + i] = rows[i], a[row + 8][k + i] = rows[4 + i];
+            a[row][k + 16 + i] = rows[8 + i], a[row + 8][k + 16 + i] = rows[12 + i];
             b[k + i][row] = codes[16 + i], b[k + 16 + i][row] = codes[20 + i];
         }
     }
@@ -901,13 +902,21 @@ template <class Format> static inline void mma_floats(float (&d)[4], int parity,
         d[i] = (float)((double)d[i] + warps[running->warp].float_tile[parity][row + i / 2 * 8][column + i % 2]);
 }
 }  // namespace emulator
+namespace emulator {
+template <class Code>
+static inline void mma_codes(int (&d)[4], int parity, int c, int line, const char* file) {
+    meet(MMA, line, file, multiply_codes<Code>);
+    int lane = running->lane, row = lane / 4, column = lane % 4 * 2;
+    for (int i = 0; i < 4; i++) d[i] = c + warps[running->warp].tile[parity][row + i / 2 * 8][column + i % 2];
+}
+}  // namespace emulator
 static inline void mma_int8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
                             int c, EMULATOR_CALLER) {
-    int parity = emulator::give(a0, a1, a2, a3, b0, b1);
-    emulator::meet(emulator::MMA, line, file, emulator::multiply_int8);
-    int lane = emulator::running->lane, row = lane / 4, column = lane % 4 * 2;
-    for (int i = 0; i < 4; i++)
-        d[i] = c + emulator::warps[emulator::running->warp].tile[parity][row + i / 2 * 8][column + i % 2];
+    emulator::mma_codes<int8_t>(d, emulator::give(a0, a1, a2, a3, b0, b1), c, line, file);
+}
+static inline void mma_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                             int c, EMULATOR_CALLER) {
+    emulator::mma_codes<uint8_t>(d, emulator::give(a0, a1, a2, a3, b0, b1), c, line, file);
 }
 static inline void mma_bfloat16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1, EMULATOR_CALLER) {

@@ -193,12 +193,20 @@ def test_blocks_of_several_tiles_give_the_same_bits(ggml_type, num_blocks, numbe
     assert_untouched(found[count:])
 
 
-@pytest.mark.parametrize(("number", "warps", "tiles"), [(16, 24, (1, 3, 2, 1)), (64, 3, (3, 1, 4, 2))])
-def test_two_formats_in_blocks_of_three_tiles_give_the_same_bits(number, warps, tiles, monkeypatch):
-    kinds, sizes = (G.Q4_K, G.Q4_K, G.Q6_K), (208, 80, 80)
+@pytest.mark.parametrize(
+    ("number", "warps", "num_blocks", "last", "tiles"),
+    [
+        (16, 24, 10, G.Q6_K, (1, 3, 2, 1)),
+        (64, 3, 10, G.Q6_K, (3, 1, 4, 2)),
+        (64, 24, 12, G.Q6_K, (5, 1, 4, 1)),
+        (32, 8, 10, G.Q4_K, (5, 1, 1, 2)),
+    ],
+)
+def test_three_weights_in_tall_blocks_give_the_same_bits(number, warps, num_blocks, last, tiles, monkeypatch):
+    kinds, sizes = (G.Q4_K, G.Q4_K, last), (208, 96, 80)
     weights = [random_weight(44 + i, kinds[i], 2, sizes[i], INPUTS) for i in range(3)]
     inputs = round_rows(random(47, number, INPUTS))
-    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 10)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: num_blocks)
     monkeypatch.setattr(matmul, "_DENSE_WARPS", warps)  # three have four units of work in turns
     defines = matmul._dense_launch("qkv", inputs, weights).defines
     assert tuple(defines[f"{x}_{y}"] for x in ("ROW", "COLUMN") for y in ("TILES", "GROUPS")) == tiles
@@ -208,6 +216,14 @@ def test_two_formats_in_blocks_of_three_tiles_give_the_same_bits(number, warps, 
         part = Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8])
         expected = matmul.dense("qkv", part, weights, count_of(8), index=INDEX)
         assert_same_bits(found[i : i + 8], expected)
+
+
+def test_a_block_leaves_room_for_the_launch_number(monkeypatch):
+    monkeypatch.setattr(ptx, "shared_limit", lambda: 232448)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 114)
+    weights = packed.absent_weights([G.Q4_K], [(48, 2048, 4096)])
+    launch = matmul._dense_launch("out", matmul._absent_rounded(32, 4096), weights, has_residual=True)
+    assert launch.shared_size + 48 + matmul._STATIC_SIZE <= 232448
 
 
 @pytest.mark.parametrize(("ggml_type", "number"), [(G.Q4_K, 64), (G.Q6_K, 17), (G.Q8_0, 5), (G.MXFP4, 33)])

@@ -28,7 +28,6 @@ from jaxmoe.kernels.packed import (
     has_row_kernels,
     pointers,
     random_weights,
-    scale_size,
     shared_rows_size,
     with_fields,
 )
@@ -46,8 +45,7 @@ _MANY_OUTPUTS = 16384  # from so many on a warp streams its rows, and that for m
 _HALF_ROWS = 64
 _DENSE_WARPS = 24  # the most of a dense product of few rows
 _STREAM_WARPS = 12  # of one of very many outputs
-# Inputs of a step and steps kept, with one tile of columns and with more: the first that fits is the fastest.
-_STEPS = (((128, 2), (64, 3), (64, 2)), ((256, 1), (64, 3), (64, 2)))
+_STEPS = (SEGMENT, 64)  # inputs of a step: the first that fits is the fastest
 _ROW_STATIC_SIZE = 24 << 10  # of a one-row product: the inputs and the sums
 _STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
 
@@ -162,35 +160,54 @@ def _row_size(w: QuantTensor) -> int:
 
 
 class _Tiles(NamedTuple):
-    """A block of the dense product of few rows: tiles of 16 outputs and 8 rows, inputs a step, steps kept."""
+    """A block of the dense product of few rows: tiles of 16 outputs and 8 rows, inputs a step."""
 
     rows: int
     columns: int
     step: int
-    stages: int
 
     def size(self, weights: Sequence[QuantTensor]) -> int:
-        """Bytes of shared memory, with room for a residual."""
+        """Bytes of shared memory, of one weight with room for a residual: as many steps of inputs as fit."""
         segments, columns, height = _segments(weights), 8 * self.columns, 16 * self.rows
-        inputs = (self.stages * self.step + 64) * segments * columns
-        needed = inputs + max(shared_rows_size(w, height, 16) for w in weights)
-        return max(needed, segments * columns * (height + 4) * 4) + height * columns * 4
+        stage, steps = segments * columns * self.step, SEGMENT // self.step
+        rest = height * columns * 4 if len(weights) == 1 else 0
+        needed = [segments * columns * (height + 4) * 4]
+        for w in weights:
+            tall = 16 * self._tiles(w, weights)
+            factors = 0 if w.d is None else tall * segments * 64
+            fixed = segments * (columns * 64 + tall * (SEGMENT * code_bits(w) // 8 + 16)) + factors
+            fit = (_few_room() - rest - fixed) // stage
+            needed.append(fixed + stage * max(min(fit, steps), min(2, steps)))
+        return max(needed) + rest
+
+    def _tiles(self, w: QuantTensor, weights: Sequence[QuantTensor]) -> int:
+        """Those of a block of a weight: of two scales a block fewer, TILES_OF."""
+        fewer = w.d is not None and w.group == 16 and self.rows > 2 * self.groups(weights)["ROW_GROUPS"]
+        return self.rows - fewer
 
     def grid(self, num_rows: int, weights: Sequence[QuantTensor]) -> tuple[int, int, int]:
-        tall = self.rows == 3 * self.groups(weights)["ROW_GROUPS"]  # of two scales a block fewer: TILES_OF
-        rows = [32 if tall and w.d is not None and w.group == 16 else 16 * self.rows for w in weights]
-        blocks = sum(-(-w.shape[-2] // height) for w, height in zip(weights, rows, strict=True))
+        formats = [format_macro(w) for w in weights]
+        same = next((i for i, one in enumerate(formats) if one != formats[0]), len(formats))
+        stacks = [weights[:same], *([w] for w in weights[same:])]  # the first of one format are one
+        heights = [16 * self._tiles(stack[0], weights) for stack in stacks]
+        outputs = [sum(w.shape[-2] for w in stack) for stack in stacks]
+        blocks = sum(-(-n // height) for n, height in zip(outputs, heights, strict=True))
         return -(-num_rows // (8 * self.columns)), blocks, 1
 
     def cost(self, num_rows: int, weights: Sequence[QuantTensor]) -> int:
-        """Bytes of codes that a multiprocessor reads, in those of 8 rows of inputs: fewer are faster."""
+        """Of a multiprocessor: codes that it reads, in those of 8 rows of inputs, and tiles it multiplies."""
         rounds = -(-prod(self.grid(num_rows, weights)) // ptx.num_multiprocessors())
-        return rounds * (self.rows * max(map(code_bits, weights)) // 4 + self.columns)
+        codes = max(self._tiles(w, weights) * code_bits(w) // 4 for w in weights) + self.columns
+        return rounds * (3 * codes + self.rows * self.columns)
 
     def groups(self, weights: Sequence[QuantTensor]) -> dict[str, int]:
-        """Warps of a segment side by side: of few columns each has its own rows, of many its own columns."""
-        segments, is_wide = _segments(weights), self.columns >= 4
-        by_row, by_column = not is_wide and segments * self.rows <= _DENSE_WARPS, is_wide and segments <= 8
+        """Warps of a segment side by side, each with its own rows where columns are few, or its own columns.
+
+        A warp of more than 16 tiles has enough to do while it waits, more than 20 do not fit its registers.
+        """
+        segments, tiles = _segments(weights), self.rows * self.columns
+        by_row = self.columns < 4 and segments * self.rows <= _DENSE_WARPS
+        by_column = not by_row and self.columns > 1 and segments <= 8 and not 16 < tiles <= 20
         return {"ROW_GROUPS": self.rows if by_row else 1, "COLUMN_GROUPS": 2 if by_column else 1}
 
     def defines(self, weights: Sequence[QuantTensor]) -> Defines:
@@ -198,7 +215,7 @@ class _Tiles(NamedTuple):
         units = _segments(weights) * prod(groups.values())
         return {
             **groups, "ROW_TILES": self.rows // groups["ROW_GROUPS"],
-            "COLUMN_TILES": self.columns // groups["COLUMN_GROUPS"], "STEP": self.step, "STAGES": self.stages,
+            "COLUMN_TILES": self.columns // groups["COLUMN_GROUPS"], "STEP": self.step,
             "THREADS": _threads(units, _DENSE_WARPS),
         }  # fmt: skip
 
@@ -211,16 +228,21 @@ def _stream_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defin
     w, tiles = weights[0], next(n for n in (1, 2, 4, 8) if 8 * n >= num_rows)
     if len(weights) > 1 or w.d is None or w.shape[-2] < _MANY_OUTPUTS:
         return None
-    inputs, scales = _segments(weights) * 8 * tiles * 320, -(-16 * scale_size(w, 1) // 16) * 16
+    inputs, scales = _segments(weights) * 8 * tiles * 320, 1024
     room = (ptx.shared_limit() - _STATIC_SIZE - inputs) // _STREAM_WARPS - scales
     for step, least in ((128, 4), (64, 2)):
         size = 16 * step * w.bits // 8
         kept = min(room // size, 2048 // step, SEGMENT // step * _segments(weights) + 1)
         if kept >= least:
-            macros: Defines = {"STREAM": 1, "STEPS_KEPT": kept, "STEP": step, "STAGES": SEGMENT // step}
+            macros: Defines = {"STREAM": 1, "STEPS_KEPT": kept, "STEP": step}
             macros |= {"ROW_TILES": 1, "ROW_GROUPS": 1, "COLUMN_TILES": tiles, "COLUMN_GROUPS": 1}
             return macros | {"THREADS": 32 * _STREAM_WARPS}, inputs + _STREAM_WARPS * (kept * size + scales)
     return None
+
+
+def _few_room() -> int:
+    """Shared memory of a block of few rows: what the GPU has, less the launch number's."""
+    return ptx.shared_limit() - _STATIC_SIZE - 1024
 
 
 def _segments(weights: Sequence[QuantTensor]) -> int:
@@ -230,13 +252,13 @@ def _segments(weights: Sequence[QuantTensor]) -> int:
 def _few_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defines, int, tuple[int, int, int]]:
     """Macros, shared memory and blocks of the dense product of few rows: the cheapest blocks that fit."""
     found = [
-        _Tiles(rows, columns, *steps)
-        for rows in (1, 2, 3, 4)
+        _Tiles(rows, columns, step)
+        for rows in (1, 2, 3, 4, 5)
         for columns in (1, 2, 4, 8)
-        for steps in _STEPS[columns > 1]
+        for step in _STEPS
         if 4 * columns < max(num_rows, 5) and 16 * rows <= min(w.shape[-2] for w in weights)
     ]
-    fitting = [one for one in found if one.size(weights) + _STATIC_SIZE <= ptx.shared_limit()]
+    fitting = [one for one in found if one.size(weights) <= _few_room()]
     best = min(fitting or found[:1], key=lambda one: one.cost(num_rows, weights))
     return best.defines(weights), best.size(weights), best.grid(num_rows, weights)
 

@@ -1,7 +1,8 @@
 // Dense products of few rows. A block takes HEIGHT rows of a weight and COLUMNS columns, a warp one segment of 16 * ROW_TILES
 // rows and 8 * COLUMN_TILES columns: each weight is unpacked for all of those, each column read for all of those rows.
-// Codes come to shared memory in steps of STEP inputs of every segment (few large pieces are faster than many small ones):
-// those of the columns have room for STAGES steps, the weights for all. The segments meet in shared memory.
+// Codes of columns come to shared memory in steps of STEP inputs of every segment, those of weights at once: few large pieces
+// are faster than many small ones. Scales of the weights are made floats once for the block, while codes are on their way.
+// The segments meet in shared memory.
 #include "weights.cuh"
 
 extern __shared__ __align__(16) u8 shared[];
@@ -9,18 +10,15 @@ extern __shared__ __align__(16) u8 shared[];
 constexpr int WARPS = THREADS / 32, HEIGHT = 16 * ROW_TILES * ROW_GROUPS, COLUMNS = 8 * COLUMN_TILES * COLUMN_GROUPS;
 constexpr int UNITS = SEGMENTS * ROW_GROUPS * COLUMN_GROUPS, TURNS = (UNITS + WARPS - 1) / WARPS;
 constexpr int STEPS = SEGMENT / STEP, PAIRS = STEP / 64;  // PAIRS: of blocks of 32 inputs in a step
-constexpr int AHEAD = STAGES == STEPS ? STEPS : STAGES - 1;  // steps on their way
-constexpr int CODE_PARTS = STAGES == STEPS ? STEPS : 1;  // the weights' codes come with the inputs, or all at first
 template <class F> constexpr int CHUNKS = F::BYTES / STEPS / 16;  // of a row's codes in a step
 constexpr int ALL_ROWS = ROWS_0 + ROWS_1 + ROWS_2;
-// Two scales a block are more work and more registers: of the tallest such blocks there are more.
-template <class F> constexpr int TILES_OF = F::SPLIT && ROW_TILES == 3 ? 2 : ROW_TILES;
+// Codes of 8 bits take twice the room: of the tallest such blocks there are more.
+template <class F> constexpr int TILES_OF = F::SPLIT && ROW_TILES > 2 ? ROW_TILES - 1 : ROW_TILES;
 template <class F> constexpr int HEIGHT_OF = 16 * TILES_OF<F> * ROW_GROUPS;
 
 // Of each segment and column a step's codes, and 64 bytes of scales. Their chunks of 16 bytes are swapped so that eight
 // columns share no bank.
-constexpr int SCALES = 64, PIECES_SIZE = SEGMENTS * COLUMNS * STEP, AT_SCALES = STAGES * PIECES_SIZE;
-constexpr int AT_WEIGHTS = AT_SCALES + SEGMENTS * COLUMNS * SCALES;
+constexpr int SCALES = 64, PIECES_SIZE = SEGMENTS * COLUMNS * STEP, SCALES_SIZE = SEGMENTS * COLUMNS * SCALES;
 template <int SIZE> DEVICE int swapped(int chunk, int column) { return (chunk ^ (SIZE == 64 ? column >> 1 & 3 : column & 7)) * 16; }
 
 // SIZE bytes of each segment and column; ROW_SIZE: bytes of a row of inputs.
@@ -42,34 +40,68 @@ template <int ROW_SIZE, int SIZE> DEVICE void copy_pieces(u8* to, const u8* from
     }
 }
 
-// The scales of 16 rows and a pair of blocks: a lane finds those of row l/4 + 8 * (l/2%2) and block l%2, d * s and the
-// second part's or minus the minimum, for the other three that have this row or that block.
-template <class F, class Rows> struct PairFactors {
-    float scale, other;
+template <int NUM> DEVICE void read_vector(u32 (&to)[NUM], const void* from) {
+    if constexpr (NUM == 1) to[0] = *(const u32*)from;
+    if constexpr (NUM == 2) {
+        uint2 v = *(const uint2*)from;
+        to[0] = v.x, to[1] = v.y;
+    }
+#pragma unroll
+    for (int i = 0; i < NUM / 4; i++) {
+        uint4 v = ((const uint4*)from)[i];
+        to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
+    }
+}
 
-    METHOD void read(const u8* from, int row, int segment, int pair) {
-        int lane = threadIdx.x & 31, block = 2 * pair + (lane & 1);
-        row += (lane >> 2) + (lane & 2) * 4;
-        const u8 *s = from + Rows::at_s(row, segment), *m = from + Rows::at_m(row, segment);
-        scale = read_d(from + Rows::at_d(row, segment), block);
+// The high ones of two codes of 4 bits are multiplied where they stand, 16 times as large.
+template <class F> constexpr bool AS_BYTES = F::BITS == 4 && F::ZERO == 0 && !F::SPLIT;
+
+// The scales of NUM blocks of a row, as they lie in memory.
+template <class F, int NUM> struct RowScales {
+    static constexpr int D = F::BLOCK == SEGMENT ? 1 : NUM * (F::WIDE_D ? 4 : 2) / 4;
+    u32 d[D], d_m[D], s[NUM * (F::SPLIT ? 2 : 1) / 4], m[NUM / 4];
+
+    METHOD void read(const Weight& w, size_t row, int block) {
+        size_t at = row * (K / GROUP) + block;
+        read_d(d, w.d, at);
+        if constexpr (F::S) read_vector(s, w.s + (F::SPLIT ? 2 * at : at));
+        if constexpr (F::M) read_vector(m, w.m + at);
+        if constexpr (F::D_M) read_d(d_m, w.d_m, at);
+    }
+    METHOD static void read_d(u32 (&to)[D], const void* from, size_t at) {
+        if constexpr (F::BLOCK == SEGMENT)
+            to[0] = ((const u16*)from)[at / 8];
+        else
+            read_vector(to, (const u8*)from + at * (F::WIDE_D ? 4 : 2));
+    }
+    METHOD static float number(const u32 (&words)[D], int block) {
+        if constexpr (F::BLOCK == SEGMENT) return half_to_float((u16)words[0]);
+        if constexpr (F::WIDE_D) return __uint_as_float(words[block % D]);
+        return half_to_float((u16)(words[block / 2 % D] >> (16 * (block & 1))));
+    }
+    // d * s, and that of the second part or minus the minimum.
+    METHOD float2 of(int block) const {
+        float scale = number(d, block), other = 0.f;
         if constexpr (F::S && F::SPLIT) {
-            u32 bytes = ((const u16*)s)[block];
-            other = times_byte<F>(scale, &bytes, 1), scale = times_byte<F>(scale, &bytes, 0);
+            other = times_byte<F>(scale, s, 2 * block + 1), scale = times_byte<F>(scale, s, 2 * block);
         } else if constexpr (F::S) {
-            u32 byte = s[block];
-            scale = times_byte<F>(scale, &byte, 0);
+            scale = times_byte<F>(scale, s, block);
         }
+        if (AS_BYTES<F> && block % 2) scale *= 1.f / 16;
         if constexpr (F::D_M) {
-            float minimum = read_d(from + Rows::at_d_m(row, segment), block);
-            u32 byte = m[block];
-            if constexpr (F::M) minimum = times_byte<F>(minimum, &byte, 0);
-            other = -minimum;
+            other = number(d_m, block);
+            if constexpr (F::M) other = times_byte<F>(other, m, block);
+            other = -other;
         }
+        return make_float2(scale, other);
     }
-    METHOD static float read_d(const u8* p, int block) {
-        if constexpr (F::WIDE_D) return ((const float*)p)[block];
-        return half_to_float(((const u16*)p)[F::BLOCK == SEGMENT ? 0 : block]);
-    }
+};
+
+// Those of TILES tiles of 16 rows in shared memory, as a lane wants them: by segment and block, of rows r and r + 8 of a
+// tile side by side. Eight rows share no bank, neither when they are read nor, by another order in each segment, when written.
+template <int TILES> struct Factors {
+    static constexpr int BLOCK = TILES * 128, SEGMENT_SIZE = 8 * BLOCK, SIZE = SEGMENTS * SEGMENT_SIZE;
+    METHOD static int at(int segment, int tile, int row) { return segment * SEGMENT_SIZE + tile * 128 + (row ^ (segment & 7)) * 16; }
 };
 
 // 16 rows of one block of 32 inputs, in their own order: `a` as mma_int8 takes it. Block of weights.cuh has another order.
@@ -78,26 +110,29 @@ template <class F> struct Tile {
     u32 a[4];
     float sd[PARTS][2], minus_magic[PARTS][2], minus_minimum[2];
 
-    template <class Factors> METHOD void unpack(const u32 (&words)[4], const Factors& factors, int b) {
+    // factors: of rows l/4 and l/4 + 8, the scale and the other number of each.
+    METHOD void unpack(const u32 (&words)[4], float4 factors, int b) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = signed_codes<F>(F::BITS == 4 ? words[i] >> 4 * b : words[i], 0);
+        for (int i = 0; i < 4; i++)
+            a[i] = AS_BYTES<F> ? words[i] & (b ? 0xf0f0f0f0u : 0x0f0f0f0fu) : signed_codes<F>(words[i], b);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            int from = (threadIdx.x & 28) + 2 * h + b;
-            sd[0][h] = __shfl_sync(ALL_LANES, factors.scale, from);
-            if constexpr (F::SPLIT) sd[PARTS - 1][h] = __shfl_sync(ALL_LANES, factors.other, from);
-            if constexpr (F::D_M) minus_minimum[h] = __shfl_sync(ALL_LANES, factors.other, from);
+            sd[0][h] = h ? factors.z : factors.x;
+            if constexpr (F::SPLIT) sd[PARTS - 1][h] = h ? factors.w : factors.y;
+            if constexpr (F::D_M) minus_minimum[h] = h ? factors.w : factors.y;
 #pragma unroll
             for (int part = 0; part < PARTS; part++) minus_magic[part][h] = -MAGIC * sd[part][h];
         }
     }
-    // x: the lane's inputs of column l/4; scales: (scale, scale * sum) of its two columns.
+    // x: the lane's inputs of column l/4; (scale, scale * sum) of its two columns.
     METHOD void add(float (&sums)[4], u32 x0, u32 x1, float2 left, float2 right) const {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             int v[4];
             if constexpr (F::SPLIT)
                 mma_int8(v, a[2 * part], a[2 * part + 1], part ? x1 : x0, MAGIC_BITS);
+            else if constexpr (AS_BYTES<F>)
+                mma_bytes(v, a[0], a[1], a[2], a[3], x0, x1, MAGIC_BITS);
             else
                 mma_int8(v, a[0], a[1], a[2], a[3], x0, x1, MAGIC_BITS);
 #pragma unroll
@@ -112,91 +147,185 @@ template <class F> struct Tile {
     }
 };
 
+// Both blocks of a pair of 16 rows.
+template <class F> struct PairTile {
+    Tile<F> tiles[2];
+
+    // place(row, chunk): 16 bytes of the codes; factors: those of the pair's first block, STRIDE bytes before the second's.
+    template <int STRIDE, class Place> METHOD void read(Place place, int row, int pair, const u8* factors) {
+        int lane = threadIdx.x & 31;
+        u32 words[4];
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            if (F::BITS == 8 || b == 0) load_matrices(words, place(row + (lane & 15), pair * (F::BITS / 2) + (lane >> 4) + (F::BITS == 4 ? 0 : 2 * b)));
+            tiles[b].unpack(words, *(const float4*)(factors + b * STRIDE), b);
+        }
+    }
+};
+
+// Both blocks of a pair of 8 columns: the lane's inputs of column l/4, the scales of columns 2 * (l%4) and the next.
+struct PairColumns {
+    u32 x[4];
+    float4 left, right;
+
+    METHOD void read(const u8* inputs, const u8* scales, int n, int pair, int all_pairs) {
+        int lane = threadIdx.x & 31, column = lane & 7, quarter = lane & 3;
+        u32 at = (column * STEP + swapped<STEP>(lane >> 3, column)) ^ (64 * pair);
+        load_matrices(x, inputs + (at + n * (8 * STEP)));
+        const u8* p = scales + (8 * n + 2 * quarter) * SCALES + (all_pairs ^ quarter) * 16;
+        left = *(const float4*)p, right = *(const float4*)(p + SCALES);
+    }
+    template <class F> METHOD void add(float (&sums)[4], const PairTile<F>& rows, int b) const {
+        rows.tiles[b].add(sums, x[2 * b], x[2 * b + 1], b ? make_float2(left.z, left.w) : make_float2(left.x, left.y),
+                          b ? make_float2(right.z, right.w) : make_float2(right.x, right.y));
+    }
+};
+
 // In registers these would be in the way of the sums: how many columns count, and where the block's outputs go.
 __shared__ int num_columns;
 __shared__ float* block_out;
 
 template <int ROWS> using Sums = float[ROWS][COLUMN_TILES][4];
 
-// The words of block b of a step for tiles n and n + 1 of columns; the second is the first where there is but one.
-DEVICE void read_columns(u32 (&x)[4], const u8* from, int n, int b) {
-    int lane = threadIdx.x & 31, column = lane & 7, tile = COLUMN_TILES == 1 ? 0 : n + (lane >> 4);
-    load_matrices(x, from + (8 * tile + column) * STEP + swapped<STEP>(2 * b + (lane >> 3 & 1), column));
-}
-
-// One step of 16 * TALL rows. place(row, chunk): 16 bytes of the step's codes; `row` and `segment`: where the scales of the
-// weights lie; `x` and `scales` are those of the segment's first column.
-template <class F, class Rows, int TALL, class Place>
-DEVICE void multiply_step(Sums<TALL>& sums, Place place, const u8* weights, const u8* x, const u8* scales, int row, int segment, int step) {
+// One step of 16 * TALL rows. `factors`: the lane's, of the segment's first block and the first 16 rows; a block has STRIDE
+// bytes of them. `x` and `scales` are those of the segment's first column.
+template <class F, int TALL, int STRIDE, class Place>
+DEVICE void multiply_step(Sums<TALL>& sums, Place place, const u8* factors, const u8* x, const u8* scales, int step) {
     constexpr bool SMALL = TALL * COLUMN_TILES <= 2;
-    int lane = threadIdx.x & 31, quarter = lane & 3;
-    scales += 2 * quarter * SCALES;
-    u32 words[4], inputs[4];
 #pragma unroll(SMALL ? 2 : 1)
     for (int pair = 0; pair < PAIRS; pair++) {
-        const u8* here = scales + ((step * PAIRS + pair) ^ quarter) * 16;
-        PairFactors<F, Rows> factors[TALL];
+        int all_pairs = step * PAIRS + pair;
+        const u8* here = factors + 2 * all_pairs * STRIDE;
+        if constexpr (TALL <= COLUMN_TILES) {  // the fewer stay in registers
+            PairTile<F> rows[TALL];
 #pragma unroll
-        for (int t = 0; t < TALL; t++) factors[t].read(weights, row + 16 * t, segment, step * PAIRS + pair);
-#pragma unroll(SMALL ? 2 : 1)
-        for (int b = 0; b < 2; b++) {
-            Tile<F> tiles[TALL];
-#pragma unroll
-            for (int t = 0; t < TALL; t++) {
-                load_matrices(words, place(16 * t + (lane & 15), pair * (F::BITS / 2) + (lane >> 4) + (F::BITS == 4 ? 0 : 2 * b)));
-                tiles[t].unpack(words, factors[t], b);
-            }
+            for (int t = 0; t < TALL; t++) rows[t].template read<STRIDE>(place, 16 * t, pair, here + t * 128);
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; n++) {
-                if (n % 2 == 0) read_columns(inputs, x, n, 2 * pair + b);
-                int i = n % 2 * 2;
-                const u8* p = here + n * 8 * SCALES + b * 8;
-                float2 left = *(const float2*)p, right = *(const float2*)(p + SCALES);
+                PairColumns columns;
+                if (COLUMN_TILES > 4 && n % 4 == 2) __syncwarp();  // or all columns come first, and registers spill
+                columns.read(x, scales, n, pair, all_pairs);
 #pragma unroll
-                for (int t = 0; t < TALL; t++) tiles[t].add(sums[t][n], inputs[i], inputs[i + 1], left, right);
+                for (int i = 0; i < 2 * TALL; i++) columns.add(sums[i % TALL][n], rows[i % TALL], i / TALL);
+            }
+        } else {
+            PairColumns columns[COLUMN_TILES];
+#pragma unroll
+            for (int n = 0; n < COLUMN_TILES; n++) columns[n].read(x, scales, n, pair, all_pairs);
+#pragma unroll
+            for (int t = 0; t < TALL; t++) {
+                PairTile<F> rows;
+                rows.template read<STRIDE>(place, 16 * t, pair, here + t * 128);
+#pragma unroll
+                for (int i = 0; i < 2 * COLUMN_TILES; i++) columns[i % COLUMN_TILES].add(sums[t][i % COLUMN_TILES], rows, i / COLUMN_TILES);
             }
         }
     }
 }
 
 #ifndef STREAM
-// Part `part` of CODE_PARTS of the weights' codes, a step's or all; `from` is the first row's.
-template <class F, class Rows> DEVICE void copy_codes(u8* to, const u8* from, int part) {
-    constexpr int CHUNKS = F::BYTES / CODE_PARTS / 16, A_ROW = SEGMENTS * CHUNKS, COPIES = Rows::HEIGHT * A_ROW, ROW_SIZE = SEGMENTS * F::BYTES;
+// Weights of one format, whose rows follow each other. Sixteen rows lie in one of them.
+template <int NUM> struct Stack {
+    Weight weights[NUM];
+    int rows;  // of the first
+
+    METHOD Stack(const Weight* from, int rows_) : rows(rows_) {
+#pragma unroll
+        for (int i = 0; i < NUM; i++) weights[i] = from[i];
+    }
+    METHOD static bool is_past(int row) { return NUM > 1 && row >= ROWS_0; }
+    METHOD static bool is_last(int row) { return NUM > 2 && row >= ROWS_0 + ROWS_1; }
+    // Rows before the one that counts as row 0 in weight i.
+    METHOD int rows_before(int i) const {
+        return stack_index() * (i == 2 ? ROWS_2 : i == 1 ? ROWS_1 : rows) - (i == 2 ? ROWS_0 + ROWS_1 : i == 1 ? ROWS_0 : 0);
+    }
+    METHOD Weight at(int row, int& place) const {  // the weight that has the row, and where
+        place = row + (is_last(row) ? rows_before(2) : is_past(row) ? rows_before(1) : rows_before(0));
+        return choose(is_last(row), weights[NUM - 1], choose(is_past(row), weights[NUM > 1], weights[0]));
+    }
+    // As if all rows were in weight i.
+    template <int SIZE> METHOD const u8* codes(int i, int row) const { return weights[i].codes + (long long)(row + rows_before(i)) * SIZE; }
+};
+
+// How the rows of a block lie in shared memory: the columns' scales, the factors, the codes by segment and row (16 bytes
+// more keep the banks apart), the columns' codes.
+#ifdef RESIDUAL
+constexpr int AT_RESIDUAL = SHARED_SIZE - HEIGHT * COLUMNS * 4;
+#else
+constexpr int AT_RESIDUAL = SHARED_SIZE;
+#endif
+template <class F> struct Layout {
+    static constexpr int TILES = TILES_OF<F> * ROW_GROUPS, HEIGHT = 16 * TILES, STRIDE = F::BYTES + 16;
+    static constexpr int AT_CODES = SCALES_SIZE + (F::HALF ? 0 : Factors<TILES>::SIZE), AT_STAGES = AT_CODES + SEGMENTS * HEIGHT * STRIDE;
+    static constexpr int FIT = (AT_RESIDUAL - AT_STAGES) / PIECES_SIZE, STAGES = FIT < STEPS ? FIT : STEPS;
+    static_assert(STAGES > (STEPS > 1), "weights and inputs must fit");
+    METHOD static int at_codes(int row, int segment) { return AT_CODES + (segment * HEIGHT + row) * STRIDE; }
+};
+
+template <class F, int NUM> DEVICE void copy_codes(const Stack<NUM>& stack, int row) {
+    using Place = Layout<F>;
+    constexpr int CHUNKS = F::BYTES / 16, A_ROW = SEGMENTS * CHUNKS, COPIES = Place::HEIGHT * A_ROW, ROW_SIZE = SEGMENTS * F::BYTES;
+    u8* to = shared;
     constexpr bool EVEN = THREADS % A_ROW == 0;  // then a thread's inputs are the same each time
-    int thread = threadIdx.x;
-    auto offset = [](int at) { return (u32)(at / A_ROW * ROW_SIZE + at % A_ROW / CHUNKS * F::BYTES + at % CHUNKS * 16); };
-    auto place = [](int at) { return Rows::at_codes(at / A_ROW, at % A_ROW / CHUNKS) + at % CHUNKS * 16; };
-    to += part * CHUNKS * 16, from += part * CHUNKS * 16;
-    if (EVEN) to += place(thread), from += offset(thread);
+    u32 thread = threadIdx.x;
+    auto inside = [=](u32 at) { return at / A_ROW * ROW_SIZE + at % A_ROW * 16; };
+    auto place = [=](u32 at) { return Place::at_codes(at / A_ROW, at % A_ROW / CHUNKS) + at % CHUNKS * 16; };
+    const u8* from[NUM];
+#pragma unroll
+    for (int i = 0; i < NUM; i++) from[i] = stack.template codes<ROW_SIZE>(i, row) + (EVEN ? inside(thread) : 0);
+    if (EVEN) to += place(thread);
 #pragma unroll 4
     for (int i = 0; i < (COPIES + THREADS - 1) / THREADS; i++) {
-        int at = i * THREADS + thread, rows = i * (THREADS / A_ROW);
+        u32 at = i * THREADS + thread, rows = i * (THREADS / A_ROW);
+        int r = row + at / A_ROW;
+        const u8* p = Stack<NUM>::is_last(r) ? from[NUM - 1] : Stack<NUM>::is_past(r) ? from[NUM > 1] : from[0];
         if (COPIES % THREADS == 0 || at < COPIES)
-            copy_async(to + (EVEN ? rows * Rows::ROW_STRIDE : place(at)), from + (EVEN ? rows * ROW_SIZE : offset(at)));
+            copy_async(to + (EVEN ? rows * Place::STRIDE : place(at)), p + (EVEN ? rows * ROW_SIZE : inside(at)));
     }
 }
 
-// The scales of the weights; `row` is the first. RUN: bytes of a row of the array, STRIDE: of one in shared memory.
-template <class Rows, int RUN, int STRIDE> DEVICE void copy_array(u8* to, const void* array, size_t row) {
-    constexpr int ALL = RUN * Rows::HEIGHT / 16, A_RUN = RUN == STRIDE ? ALL : RUN / 16;  // pieces of 16 bytes
+// The scales of the weights, on their way through registers: a thread takes rows r and r + 8 of a tile's segment.
+template <class F> struct ScalesCopy {
+    static constexpr int TILES = Layout<F>::TILES, TASKS = TILES * 8 * SEGMENTS, NUM = (TASKS + THREADS - 1) / THREADS;
+    RowScales<F, 8> kept[NUM][2];
+
+    METHOD static u32 task(int i) { return threadIdx.x + i * THREADS; }
+    METHOD static bool is_one(int i) { return TASKS % THREADS == 0 || task(i) < TASKS; }
+    METHOD static int row(int i) { return task(i) / SEGMENTS / 8 * 16 + task(i) / SEGMENTS % 8; }
+    template <int WEIGHTS> METHOD void read(const Stack<WEIGHTS>& stack, int first) {
 #pragma unroll
-    for (int i = 0; i < (ALL + THREADS - 1) / THREADS; i++) {
-        int at = i * THREADS + (int)threadIdx.x;
-        if (at < ALL) copy_async(to + at / A_RUN * STRIDE + at % A_RUN * 16, (const u8*)array + row * RUN + at * 16);
+        for (int i = 0; i < NUM; i++) {
+            if (!is_one(i)) break;
+            int place;
+            Weight w = stack.at(first + row(i), place);
+            kept[i][0].read(w, place, task(i) % SEGMENTS * 8), kept[i][1].read(w, place + 8, task(i) % SEGMENTS * 8);
+        }
     }
-}
-template <class F, class Rows> DEVICE void copy_scales(u8* to, const Weight& w, size_t row) {
-    if constexpr (F::S) copy_array<Rows, Rows::S_RUN, Rows::S_STRIDE>(to + Rows::AT_S, w.s, row);
-    if constexpr (F::M) copy_array<Rows, Rows::M_RUN, Rows::M_STRIDE>(to + Rows::AT_M, w.m, row);
-    if constexpr (!F::HALF) copy_array<Rows, Rows::D_RUN, Rows::D_STRIDE>(to + Rows::AT_D, w.d, row);
-    if constexpr (F::D_M) copy_array<Rows, Rows::D_RUN, Rows::D_STRIDE>(to + Rows::AT_D_M, w.d_m, row);
-}
+    METHOD void put() const {
+#pragma unroll
+        for (int i = 0; i < NUM; i++) {
+            u8* to = shared + SCALES_SIZE + Factors<TILES>::at(task(i) % SEGMENTS, row(i) / 16, row(i) % 16);
+            if (is_one(i))
+#pragma unroll
+                for (int block = 0; block < 8; block++) {
+                    float2 one = kept[i][0].of(block), other = kept[i][1].of(block);
+                    *(float4*)(to + block * Factors<TILES>::BLOCK) = make_float4(one.x, one.y, other.x, other.y);
+                }
+        }
+    }
+};
+template <class F> struct NoScales {
+    template <int WEIGHTS> METHOD void read(const Stack<WEIGHTS>&, int) {}
+    METHOD void put() const {}
+};
+template <bool FIRST, class A, class B> struct Either { typedef A Type; };
+template <class A, class B> struct Either<false, A, B> { typedef B Type; };
 
-// multiply_step for float weights, whose sums depend on the order of inputs: that of weights.cuh.
-template <class F, class Rows, int TALL> DEVICE void multiply_floats(Sums<TALL>& sums, const u8* weights, const u8* x, const u8* scales, int row, int segment, int step) {
+// multiply_step for float weights, whose sums depend on the order of inputs: that of weights.cuh. `codes`: the lane's.
+template <class F, int TALL> DEVICE void multiply_floats(Sums<TALL>& sums, const u8* codes, const u8* x, const u8* scales, int step) {
+    constexpr int STRIDE = Layout<F>::STRIDE;
     int lane = threadIdx.x & 31, quarter = lane & 3, column = lane >> 2;
-    const u8* codes = weights + Rows::at_codes(row + column, segment) + quarter * 16;
+    codes += column * STRIDE + quarter * 16;
     scales += 2 * quarter * SCALES;
 #pragma unroll 2
     for (int b = 0; b < 2 * PAIRS; b++) {
@@ -205,7 +334,7 @@ template <class F, class Rows, int TALL> DEVICE void multiply_floats(Sums<TALL>&
 #pragma unroll
         for (int t = 0; t < TALL; t++) {
             Codes<F> words;
-            words.read(codes + t * 16 * Rows::CODE_STRIDE + block * 64, Rows::CODE_STRIDE);
+            words.read(codes + t * 16 * STRIDE + block * 64, STRIDE);
             Block<F> tile(words, 0, 0);
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; n++) {
@@ -218,21 +347,17 @@ template <class F, class Rows, int TALL> DEVICE void multiply_floats(Sums<TALL>&
 }
 
 // Where a warp's unit begins.
+static_assert(ROW_GROUPS == 1 || COLUMN_GROUPS == 1, "a segment is cut one way");
 template <int TALL> struct Unit {
     int segment, row, column;
     METHOD Unit(u32 unit) : segment(unit % SEGMENTS) {
         u32 group = unit / SEGMENTS;
-        row = group % ROW_GROUPS * (16 * TALL), column = group / ROW_GROUPS * (8 * COLUMN_TILES);
+        row = ROW_GROUPS > 1 ? group * (16 * TALL) : 0, column = COLUMN_GROUPS > 1 ? group * (8 * COLUMN_TILES) : 0;
     }
 };
 
 // The sums by segment, column and row; four rows more keep the banks apart.
 template <int TALL> constexpr int PART_STRIDE = 16 * TALL * ROW_GROUPS + 4;
-#ifdef RESIDUAL
-constexpr int AT_RESIDUAL = SHARED_SIZE - HEIGHT * COLUMNS * 4;
-#else
-constexpr int AT_RESIDUAL = SHARED_SIZE;
-#endif
 static_assert(SEGMENTS * COLUMNS * PART_STRIDE<ROW_TILES> * 4 <= AT_RESIDUAL, "the sums must fit");
 
 template <int TALL> DEVICE void put_sums(const Sums<TALL>& sums, Unit<TALL> unit) {
@@ -259,49 +384,59 @@ template <int TALL> DEVICE float4 total(int row, int column) {
     return sum;
 }
 
-// The block's products, in `shared` by segment; false where no column of the block counts.
-template <class F> DEVICE bool multiply(const Weight& w, size_t row, const i8* codes, const float* scales, const int* count, int column0) {
+// One step of a warp's units.
+template <class F, class AllSums> DEVICE void multiply_units(AllSums& sums, int step) {
+    using Place = Layout<F>;
     constexpr int TALL = TILES_OF<F>;
-    using Rows = SharedRows<F, SEGMENTS, HEIGHT_OF<F>, true, 16>;
-    static_assert(AT_WEIGHTS + Rows::SIZE <= AT_RESIDUAL, "weights and inputs must fit");
-    u8* weights = shared + AT_WEIGHTS;
-    auto stage = [](int step) { return shared + step % STAGES * PIECES_SIZE; };
-    auto copy_inputs = [=](int step) { copy_pieces<K, STEP>(stage(step), (const u8*)codes + step * STEP, column0); };
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        u32 number = (threadIdx.x >> 5) + turn * WARPS;
+        if (UNITS % WARPS != 0 && number >= UNITS) break;
+        Unit<TALL> unit(number);
+        int column = unit.segment * COLUMNS + unit.column;
+        const u8 *x = shared + Place::AT_STAGES + step % Place::STAGES * PIECES_SIZE + column * STEP, *scales = shared + column * SCALES;
+        const u8* codes = shared + Place::at_codes(unit.row, unit.segment);
+        if constexpr (F::HALF != 0) {
+            multiply_floats<F>(sums[turn], codes, x, scales, step);
+        } else {
+            using Table = Factors<Place::TILES>;
+            auto place = [=](int r, int chunk) { return codes + r * Place::STRIDE + (step * CHUNKS<F> + chunk) * 16; };
+            const u8* factors = shared + SCALES_SIZE + Table::at(unit.segment, unit.row / 16, (threadIdx.x & 31) / 4);
+            multiply_step<F, TALL, Table::BLOCK>(sums[turn], place, factors, x, scales, step);
+        }
+    }
+}
+
+// The block's products, in `shared` by segment.
+template <class F, int NUM> DEVICE void multiply(const Stack<NUM>& stack, int row, const i8* codes, const float* scales, const int* count, int column0) {
+    using Place = Layout<F>;
+    constexpr int STAGES = Place::STAGES, TALL = TILES_OF<F>;
+    auto copy_inputs = [=](int step) {
+        copy_pieces<K, STEP>(shared + Place::AT_STAGES + step % STAGES * PIECES_SIZE, (const u8*)codes + step * STEP, column0);
+    };
     int number = threadIdx.x == 0 ? count[0] : 0;
-    copy_scales<F, Rows>(weights, w, row);
-    copy_pieces<K / 4, SCALES>(shared + AT_SCALES, (const u8*)scales, column0);
+    typename Either<F::HALF == 0, ScalesCopy<F>, NoScales<F>>::Type factors;
+    factors.read(stack, row);
+    copy_pieces<K / 4, SCALES>(shared, (const u8*)scales, column0);
+    copy_codes<F>(stack, row);
 #pragma unroll 1
-    for (int step = 0; step < AHEAD; step++) {
-        if (step < CODE_PARTS) copy_codes<F, Rows>(weights, w.codes + row * (SEGMENTS * F::BYTES), step);
+    for (int step = 0; step < STAGES; step++) {
         copy_inputs(step);
         commit_copies();
     }
-    if (threadIdx.x == 0) num_columns = number;  // to wait for it before the copies are on their way would cost
-    __syncthreads();
-    if (column0 >= num_columns) {
-        wait_copies<0>();
-        return false;
-    }
+    if (threadIdx.x == 0) num_columns = number;
+    factors.put();
     Sums<TALL> sums[TURNS] = {};
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
-        wait_copies<AHEAD - 1>();
+        wait_copies<STAGES - 1>();
         __syncthreads();
-        if (AHEAD < STEPS && step + AHEAD < STEPS) copy_inputs(step + AHEAD);
-        commit_copies();
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            u32 number = (threadIdx.x >> 5) + turn * WARPS;
-            if (UNITS % WARPS != 0 && number >= UNITS) break;
-            Unit<TALL> unit(number);
-            int column = unit.segment * COLUMNS + unit.column;
-            const u8 *x = stage(step) + column * STEP, *s = shared + AT_SCALES + column * SCALES;
-            auto place = [=](int r, int chunk) { return weights + Rows::at_codes(unit.row + r, unit.segment) + (step * CHUNKS<F> + chunk) * 16; };
-            if constexpr (F::HALF != 0)
-                multiply_floats<F, Rows>(sums[turn], weights, x, s, unit.row, unit.segment, step);
-            else
-                multiply_step<F, Rows>(sums[turn], place, weights, x, s, unit.row, unit.segment, step);
+        multiply_units<F>(sums, step);
+        if (step + STAGES < STEPS) {
+            __syncthreads();
+            copy_inputs(step + STAGES);
         }
+        commit_copies();
     }
     __syncthreads();
 #pragma unroll
@@ -310,11 +445,11 @@ template <class F> DEVICE bool multiply(const Weight& w, size_t row, const i8* c
         if (UNITS % WARPS == 0 || number < UNITS) put_sums<TALL>(sums[turn], Unit<TALL>(number));
     }
     __syncthreads();
-    return true;
 }
 
-template <class F>
-DEVICE void dense(const Weight& w, int rows, int block, int first_out, const i8* codes, const float* scales, const float* residual,
+// Block `block` of the `rows` of a stack.
+template <class F, int NUM>
+DEVICE void dense(const Stack<NUM>& stack, int rows, int block, int first_out, const i8* codes, const float* scales, const float* residual,
                   const int* count, float* out) {
     int column0 = blockIdx.x * COLUMNS, row = min(block * HEIGHT_OF<F>, rows - HEIGHT_OF<F>);  // the last two may overlap
     constexpr int TALL = TILES_OF<F>;
@@ -327,7 +462,7 @@ DEVICE void dense(const Weight& w, int rows, int block, int first_out, const i8*
             copy_async(before + (int)threadIdx.x + i * THREADS, residual + first + out_column<TALL>(i) * ALL_ROWS + out_row<TALL>(i));
 #endif
     if (threadIdx.x == 0) block_out = out + first;
-    if (!multiply<F>(w, (size_t)stack_index() * rows + row, codes, scales, count, column0)) return;
+    multiply<F>(stack, row, codes, scales, count, column0);
 #pragma unroll
     for (int i = 0; i < OUTS<TALL>; i++) {
         int column = out_column<TALL>(i), r = out_row<TALL>(i);
@@ -345,20 +480,23 @@ template <class F, int ROWS> constexpr int NUM_BLOCKS = (ROWS + HEIGHT_OF<F> - 1
 KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, DENSE_WEIGHTS, DENSE_RESIDUAL const int* count, float* out) {
     int block = blockIdx.y;
 #if ROWS_1
-    constexpr int BLOCKS_0 = NUM_BLOCKS<FORMAT_0, ROWS_0>, BLOCKS_1 = NUM_BLOCKS<FORMAT_1, ROWS_1>;
-    // weights of one format share the code: less of it to fetch
-    bool is_2 = block >= BLOCKS_0 + BLOCKS_1, is_1 = block >= BLOCKS_0 && !is_2;
-    block -= is_2 ? BLOCKS_0 + BLOCKS_1 : is_1 ? BLOCKS_0 : 0;
-    int rows = is_2 ? ROWS_2 : is_1 ? ROWS_1 : ROWS_0, first_out = is_2 ? ROWS_0 + ROWS_1 : is_1 ? ROWS_0 : 0;
-    Weight w = choose(is_2, GIVEN(2), choose(is_1, GIVEN(1), GIVEN(0)));
-    if (is_2 && !IS_SAME<FORMAT_0, FORMAT_2>)
-        dense<FORMAT_2>(w, rows, block, first_out, codes, scales, GIVEN_RESIDUAL, count, out);
-    else if (is_1 && !IS_SAME<FORMAT_0, FORMAT_1>)
-        dense<FORMAT_1>(w, rows, block, first_out, codes, scales, GIVEN_RESIDUAL, count, out);
-    else
-        dense<FORMAT_0>(w, rows, block, first_out, codes, scales, GIVEN_RESIDUAL, count, out);
+    // weights of one format are one: fewer blocks, and less code to fetch
+    constexpr int NUM = !IS_SAME<FORMAT_0, FORMAT_1> ? 1 : IS_SAME<FORMAT_0, FORMAT_2> ? 3 : 2;
+    constexpr int ROWS = NUM == 3 ? ALL_ROWS : NUM == 2 ? ROWS_0 + ROWS_1 : ROWS_0, BLOCKS = NUM_BLOCKS<FORMAT_0, ROWS>;
+    constexpr int BLOCKS_1 = NUM == 1 ? NUM_BLOCKS<FORMAT_1, ROWS_1> : 0;
+    const Weight weights[] = {GIVEN(0), GIVEN(1), GIVEN(2)};
+    if (NUM < 3 && block >= BLOCKS + BLOCKS_1) {
+        if constexpr (NUM < 3)
+            dense<FORMAT_2>(Stack<1>(weights + 2, ROWS_2), ROWS_2, block - BLOCKS - BLOCKS_1, ROWS_0 + ROWS_1, codes, scales, GIVEN_RESIDUAL, count, out);
+    } else if (NUM == 1 && block >= BLOCKS) {
+        if constexpr (NUM == 1)
+            dense<FORMAT_1>(Stack<1>(weights + 1, ROWS_1), ROWS_1, block - BLOCKS, ROWS_0, codes, scales, GIVEN_RESIDUAL, count, out);
+    } else {
+        dense<FORMAT_0>(Stack<NUM>(weights, ROWS_0), ROWS, block, 0, codes, scales, GIVEN_RESIDUAL, count, out);
+    }
 #else
-    dense<FORMAT_0>(GIVEN(0), ROWS_0, block, 0, codes, scales, GIVEN_RESIDUAL, count, out);
+    const Weight weight = GIVEN(0);
+    dense<FORMAT_0>(Stack<1>(&weight, ROWS_0), ROWS_0, block, 0, codes, scales, GIVEN_RESIDUAL, count, out);
 #endif
 }
 #endif  // STREAM
@@ -366,39 +504,21 @@ KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, DENSE_WEIGHTS, DEN
 #ifdef STREAM
 // So many outputs that each warp takes HEIGHT rows of the weight and all columns, one group of rows after the other: it adds
 // its segments itself. All inputs stay in shared memory; a warp's weights pass through STEPS_KEPT steps of its own.
-static_assert(STAGES == STEPS && HEIGHT <= 32, "all inputs; a row's scales are read by a lane");
-constexpr int STEPS_A_ROW = SEGMENTS * STEPS, GROUPS = (ROWS_0 + HEIGHT - 1) / HEIGHT;
+static_assert(HEIGHT == 16, "a half of the lanes for each half of a row's scales");
+constexpr int STEPS_A_ROW = SEGMENTS * STEPS, GROUPS = (ROWS_0 + HEIGHT - 1) / HEIGHT, FACTORS_SIZE = 8 * 128;
 
-// The scales of a lane's row: a segment ahead on their way to shared memory.
+// The scales of a segment, of which a lane has half a row: a segment ahead on their way to shared memory.
 template <class F> struct LaneScales {
-    using Rows = SharedRows<F, 1, HEIGHT, true, 0>;
-    static constexpr int SIZE = Rows::SIZE - Rows::AT_S;
-    u32 d[FACTOR_WORDS<F>], d_m[FACTOR_WORDS<F>];
-    uint4 long_s;
-    uint2 s, m;
-
+    RowScales<F, 4> kept;
     METHOD void read(const Weight& w, size_t row, int segment) {
-        size_t block = row * (K / GROUP) + segment * 8;
-        read_factors<F>(d, w.d, row, segment);
-        if constexpr (F::D_M) read_factors<F>(d_m, w.d_m, row, segment);
-        if constexpr (F::S && F::SPLIT) long_s = *(const uint4*)(w.s + 2 * block);
-        if constexpr (F::S && !F::SPLIT) s = *(const uint2*)(w.s + block);
-        if constexpr (F::M) m = *(const uint2*)(w.m + block);
+        int lane = threadIdx.x & 31;
+        kept.read(w, row + lane % 16, segment * 8 + lane / 16 * 4);
     }
-    METHOD void put(u8* to) const {  // to: where codes would begin
-        int row = threadIdx.x % HEIGHT;
-        put_factors(to + Rows::at_d(row, 0), d);
-        if constexpr (F::D_M) put_factors(to + Rows::at_d_m(row, 0), d_m);
-        if constexpr (F::S && F::SPLIT) *(uint4*)(to + Rows::at_s(row, 0)) = long_s;
-        if constexpr (F::S && !F::SPLIT) *(uint2*)(to + Rows::at_s(row, 0)) = s;
-        if constexpr (F::M) *(uint2*)(to + Rows::at_m(row, 0)) = m;
-    }
-    METHOD static void put_factors(u8* to, const u32 (&words)[FACTOR_WORDS<F>]) {
-        if constexpr (F::BLOCK == SEGMENT)
-            *(u16*)to = (u16)words[0];
-        else
+    METHOD void put(u8* factors) const {
+        int lane = threadIdx.x & 31;
+        factors += lane / 16 * 512 + lane % 8 * 16 + lane % 16 / 8 * 8;
 #pragma unroll
-            for (int i = 0; i < FACTOR_WORDS<F>; i++) ((u32*)to)[i] = words[i];
+        for (int block = 0; block < 4; block++) *(float2*)(factors + block * 128) = kept.of(block);
     }
 };
 
@@ -439,16 +559,16 @@ DEVICE void put_totals(const Sums<ROW_TILES>& totals, float* out) {
 
 template <class F> DEVICE void stream(const Weight& w, const i8* codes, const float* scales, const int* count, float* out) {
     using Group = GroupCodes<F>;
-    constexpr int SIZE = STEPS_KEPT * Group::SIZE + LaneScales<F>::SIZE;
+    constexpr int SIZE = STEPS_KEPT * Group::SIZE + FACTORS_SIZE, AT_WEIGHTS = SCALES_SIZE + STEPS * PIECES_SIZE;
     static_assert(AT_WEIGHTS + WARPS * SIZE <= SHARED_SIZE && STEPS_KEPT <= STEPS_A_ROW + 1, "inputs and weights must fit");
-    int row = threadIdx.x % HEIGHT, group = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
-    u8 *stages = shared + AT_WEIGHTS + (threadIdx.x >> 5) * SIZE, *factors = stages + STEPS_KEPT * Group::SIZE - LaneScales<F>::Rows::AT_S;
+    int group = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    u8 *stages = shared + AT_WEIGHTS + (threadIdx.x >> 5) * SIZE, *factors = stages + STEPS_KEPT * Group::SIZE;
     LaneScales<F> next;
-    if (group < GROUPS) next.read(w, Group::row(group) + row, 0);
+    if (group < GROUPS) next.read(w, Group::row(group), 0);
     int number = threadIdx.x == 0 ? count[0] : 0;
 #pragma unroll 1
-    for (int step = 0; step < STEPS; step++) copy_pieces<K, STEP>(shared + step * PIECES_SIZE, (const u8*)codes + step * STEP, 0);
-    copy_pieces<K / 4, SCALES>(shared + AT_SCALES, (const u8*)scales, 0);
+    for (int step = 0; step < STEPS; step++) copy_pieces<K, STEP>(shared + SCALES_SIZE + step * PIECES_SIZE, (const u8*)codes + step * STEP, 0);
+    copy_pieces<K / 4, SCALES>(shared, (const u8*)scales, 0);
 #pragma unroll 1
     for (int step = 0; step < STEPS_KEPT - 1; step++) Group::copy(w, stages + step * Group::SIZE, group, step);
     if (threadIdx.x == 0) num_columns = number;
@@ -466,7 +586,7 @@ template <class F> DEVICE void stream(const Weight& w, const i8* codes, const fl
             next.put(factors);
             bool last = segment == SEGMENTS - 1;
             int group_then = last ? group + gridDim.x * WARPS : group;
-            if (group_then < GROUPS) next.read(w, Group::row(group_then) + row, last ? 0 : segment + 1);
+            if (group_then < GROUPS) next.read(w, Group::row(group_then), last ? 0 : segment + 1);
             Sums<ROW_TILES> sums = {};
 #pragma unroll 1
             for (int step = 0; step < STEPS; step++) {
@@ -474,9 +594,9 @@ template <class F> DEVICE void stream(const Weight& w, const i8* codes, const fl
                 __syncwarp();
                 int before = now == 0 ? (STEPS_KEPT - 1) * Group::SIZE : now - Group::SIZE;
                 Group::copy(w, stages + before, group, segment * STEPS + step + STEPS_KEPT - 1);
-                const u8 *here = stages + now, *x = shared + step * PIECES_SIZE + segment * COLUMNS * STEP;
+                const u8 *here = stages + now, *x = shared + SCALES_SIZE + step * PIECES_SIZE + segment * COLUMNS * STEP;
                 auto place = [=](int r, int chunk) { return here + Group::place(r, chunk); };
-                multiply_step<F, typename LaneScales<F>::Rows>(sums, place, factors, x, shared + AT_SCALES + segment * COLUMNS * SCALES, 0, 0, step);
+                multiply_step<F, 1, 128>(sums, place, factors + (threadIdx.x & 31) / 4 * 16, x, shared + segment * COLUMNS * SCALES, step);
                 now = now == (STEPS_KEPT - 1) * Group::SIZE ? 0 : now + Group::SIZE;
             }
 #pragma unroll
