@@ -20,7 +20,7 @@ from jaxmoe.kernels import packed
 from jaxmoe.kernels import rows as kernel_rows
 from jaxmoe.kernels.matmul import Row
 from jaxmoe.kernels.rounding import Rounded, rounded_values
-from jaxmoe.quants import QuantTensor
+from jaxmoe.quants import QuantTensor, unswapped
 
 ROW_TILE = 8
 # Rows of the smallest step. A tile must never be the whole array: XLA then takes what is done to it out of
@@ -90,14 +90,16 @@ class PackedWeight(nnx.Module):
         for name, array in tensor.arrays.items():
             setattr(self, name, nnx.Param(array))
         self.names = tuple(tensor.arrays)
-        self.format = (tensor.group, tensor.block, tensor.bits, tensor.zero, tensor.layout)
+        self.format = (tensor.group, tensor.block, tensor.bits, tensor.zero, tensor.layout, tensor.swapped)
 
     @property
     def tensor(self) -> QuantTensor:
         """The weight as a QuantTensor."""
         arrays = {name: getattr(self, name)[...] if name in self.names else None for name in _FIELDS}
-        group, block, bits, zero, layout = self.format
-        return QuantTensor(**arrays, group=group, block=block, bits=bits, zero=zero, layout=layout)
+        group, block, bits, zero, layout, swapped = self.format
+        return QuantTensor(
+            **arrays, group=group, block=block, bits=bits, zero=zero, layout=layout, swapped=swapped
+        )
 
 
 _FIELDS = ("codes", "s", "m", "d", "d_m")
@@ -205,7 +207,7 @@ def weight_tile(w: QuantTensor, index: Index, start: Array | int, width: int) ->
         sizes = (width, array.shape[-1]) if w.layout == "rows" else (array.shape[-2], width)
         return lax.dynamic_slice(array, corner, (1,) * lead + sizes).reshape(sizes)
 
-    return w.map(take)
+    return unswapped(w.map(take), jnp, first_row=start)
 
 
 def tile_product(x: Array, values: Sequence[Array], w: QuantTensor) -> Array:

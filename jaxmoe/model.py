@@ -135,7 +135,8 @@ class Decoder(nnx.Module):
         """`logits` of hidden [B, D], whose normed rows are `inputs`; count int32 [1] -> float32 [B, V]."""
         tensor = self._output_weight.tensor
         if packed.is_supported(tensor):
-            return kernel_matmul.dense("lm_head", rounded(inputs, count), [tensor], count)
+            inputs = inputs if packed.has_row_kernels(tensor) else rounded(inputs, count)
+            return kernel_matmul.dense("lm_head", inputs, [tensor], count)
         return self.logits(hidden, count[0])[: hidden.shape[0]]
 
     @property

@@ -37,6 +37,8 @@ class QuantTensor:
     inputs, byte j holds input j in its low nibble and input 32 + j in its high nibble. 8-bit codes are int8.
     A float tensor has `codes` alone, the numbers themselves.
     value = d * s * (code - zero) - d_m * m; an absent `s` or `m` counts as 1, an absent `d_m` as 0.
+    Where rows are `swapped`, chunk c of each 8 chunks of 16 bytes of row n's codes lies at c ^ n % 8: whole
+    rows can be copied to shared memory as they lie, and neighbours then share no bank (`unswapped`).
     """
 
     codes: Array
@@ -49,6 +51,7 @@ class QuantTensor:
     bits: int
     zero: int
     layout: Layout
+    swapped: bool = False
 
     @property
     def arrays(self) -> dict[str, Array]:
@@ -488,8 +491,26 @@ def pack(ggml_type: GGMLType, raw: np.ndarray, shape: tuple[int, ...], layout: L
 # --- From the device's arrays to numbers, for numpy and jax arrays alike.
 
 
+def swap_chunks(codes: Array, first_row: Array | int, xp: ModuleType = np) -> Array:
+    """Codes [..., N, bytes] of the rows from `first_row` on as `swapped` has them; of such the plain ones."""
+    *lead, num_rows, _ = codes.shape
+    rows = first_row + np.arange(num_rows, dtype=np.int32)
+    places = (rows & 7)[:, None] ^ np.arange(8, dtype=np.int32)[None]
+    chunks = codes.reshape(*lead, num_rows, -1, 8, 16 // codes.dtype.itemsize)
+    places = places.reshape(*(1,) * len(lead), num_rows, 1, 8, 1)
+    return xp.take_along_axis(chunks, places, axis=-2).reshape(codes.shape)
+
+
+def unswapped(tensor: QuantTensor, xp: ModuleType = np, *, first_row: Array | int = 0) -> QuantTensor:
+    """The tensor, or its rows from `first_row` on, with each chunk of the codes in its own place."""
+    if not tensor.swapped:
+        return tensor
+    return replace(tensor, codes=swap_chunks(tensor.codes, first_row, xp), swapped=False)
+
+
 def unpack_codes(tensor: QuantTensor, xp: ModuleType = np) -> Array:
     """The codes one to an element with `zero` not yet taken off, [..., N, K] or [..., K, N] by the layout."""
+    tensor = unswapped(tensor, xp)
     if tensor.bits != 4:
         return tensor.codes
     *lead, first, second = tensor.codes.shape

@@ -21,6 +21,7 @@ from jax import Array, lax
 from jaxmoe.attention import Attention, rope_tables
 from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import GGUFError, GGUFFile, GGUFTensor
+from jaxmoe.kernels.packed import reads_swapped
 from jaxmoe.layers import StackedWeight
 from jaxmoe.model import Decoder, Embedding
 from jaxmoe.moe import MoE
@@ -34,6 +35,7 @@ from jaxmoe.quants import (
     pack,
     pack_into,
     read_rows,
+    swap_chunks,
 )
 
 Progress = Callable[[float], None]
@@ -132,8 +134,9 @@ def load_model(
 ) -> Decoder:
     """Build the Decoder, tensor by tensor; `progress` gets the share of bytes loaded, 0..1.
 
-    Layout "columns" is packed on the host, "rows" on the device. Host memory beyond the page cache stays near
-    the largest tensor of one layer. Raises GGUFError for a missing or misshapen tensor, naming it.
+    Layout "columns" is packed on the host, "rows" on the device and, of experts, `swapped` for the kernels.
+    Host memory beyond the page cache stays near the largest tensor of one layer. Raises GGUFError for a
+    missing or misshapen tensor, naming it.
     """
     tensors = _Tensors(file, config)
     total = sum(tensor.size for tensor in tensors)
@@ -281,12 +284,13 @@ class _DeviceLoader(_Loader):
 
     def _filled(self, shape: tuple[int, ...], tensors: Sequence[GGUFTensor]) -> QuantTensor:
         ggml_type = tensors[0].ggml_type
+        outline = empty(ggml_type, shape, "rows", jax.ShapeDtypeStruct)
+        swapped = reads_swapped(outline)
         arrays = _zeros(ggml_type, shape)
         for raw, piece in self._uploaded(_pieces(tensors)):
-            arrays = _store_rows(ggml_type, arrays, raw, np.int32(piece.first_row))
+            arrays = _store_rows(ggml_type, swapped, arrays, raw, np.int32(piece.first_row))
             self.advance(piece.new_size)
-        outline = empty(ggml_type, shape, "rows", jax.ShapeDtypeStruct)
-        return replace(outline, **jax.block_until_ready(arrays))
+        return replace(outline, swapped=swapped, **jax.block_until_ready(arrays))
 
     def _uploaded(self, pieces: Iterable[_Piece]) -> Iterator[tuple[Array, _Piece]]:
         """Each piece on the device, in order, _MAX_THREADS under way at most."""
@@ -325,12 +329,14 @@ def _zeros(ggml_type: GGMLType, shape: tuple[int, ...]) -> dict[str, Array]:
     return empty(ggml_type, shape, "rows", jnp.zeros).arrays
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _store_rows(
-    ggml_type: GGMLType, arrays: dict[str, Array], raw: Array, first_row: Array
+    ggml_type: GGMLType, swapped: bool, arrays: dict[str, Array], raw: Array, first_row: Array
 ) -> dict[str, Array]:
     """Packed rows [rows, bytes] in their place of a stack's arrays [..., N, K], in place."""
     rows = read_rows(ggml_type, raw, jnp)
+    if swapped:  # matrices have a multiple of 8 rows
+        rows["codes"] = swap_chunks(rows["codes"], first_row, jnp)
     return {name: _store_flat(array, rows[name], first_row) for name, array in arrays.items()}
 
 

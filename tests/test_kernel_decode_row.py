@@ -138,11 +138,11 @@ def test_other_shapes(config, kinds, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "kinds", "blocks", "kilobytes", "early"),
     [
-        (TWO_LAYERS, MIXTURE, 12, 76, 2),
+        (TWO_LAYERS, MIXTURE, 12, 70, 2),
         # attn_output and a buffer take more than q, k and v, as in real models; segments in all buffers
-        (replace(WIDE_HEADS, context_length=8192), MIXTURE, 40, 140, 3),
+        (replace(WIDE_HEADS, context_length=8192), MIXTURE, 40, 136, 3),
         # all experts late, gate and up in three chunks
-        (LONG_ROW, OTHERS, 28, 172, 0),
+        (LONG_ROW, OTHERS, 28, 161, 0),
     ],
     ids=["small", "heads", "row"],
 )

@@ -114,6 +114,26 @@ def test_two_rows_have_the_bits_of_a_row_alone(blocks, monkeypatch):
     assert_rows_are_those_alone(G.Q4_K, 2, run(G.Q4_K, 2), (0, 1))
 
 
+@pytest.mark.parametrize("down", [G.Q4_K, G.Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("columns", [1, 2, 5, 8])  # of the tile of BUSY
+def test_a_tile_of_so_many_columns_has_the_bits_of_each_row_alone(down, columns):
+    assert_rows_are_those_alone(down, columns, run(down, 8, columns), range(columns))
+
+
+@pytest.mark.parametrize("down", [G.Q4_K, G.Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("row_tiles", "most", "warps"), [(1, 16, 8), (2, 16, 8), (4, 16, 8), (8, 4, 8)])
+def test_tiles_of_rows_and_warps_change_nothing(down, row_tiles, most, warps, monkeypatch):
+    expected = run(down, NUM_ROWS)
+    assert experts._launch(NUM_ROWS, weights(down), CONFIG).defines["ROW_TILES"] == 8
+    # warps without a unit of down, which finish it, as many as units, and warps of two units
+    monkeypatch.setattr(experts, "_ROW_TILES", tuple(n for n in experts._ROW_TILES if n <= row_tiles))
+    monkeypatch.setattr(experts, "_MOST_MULTIPLYING", most)
+    defines = experts._launch(NUM_ROWS, weights(down), CONFIG).defines
+    assert (defines["ROW_TILES"], defines["THREADS"]) == (row_tiles, 32 * warps)
+    for one, other in zip(run(down, NUM_ROWS), expected, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
 @pytest.mark.parametrize("count", [0, 1, 33])
 def test_pairs_past_the_count_are_left_alone(count):
     found, whole = run(G.Q4_K, NUM_ROWS, count), run(G.Q4_K, NUM_ROWS)
@@ -161,15 +181,18 @@ def test_variants_are_what_the_wrapper_launches(monkeypatch):
     assert len(asked) == 6
 
 
-def test_the_shapes_of_a_real_model_fit_the_gpus_they_are_meant_for(monkeypatch):
-    for capability, kinds in (("8.0", 2), ("9.0", 3), ("10.0", 3)):
-        limit = ptx._SHARED_SIZES[capability]
-        monkeypatch.setattr(ptx, "shared_limit", lambda limit=limit: limit)
-        variants = list(experts.variants(real_config()))
-        assert len(variants) == 4
-        assert max(size for *_, size in variants) + matmul._STATIC_SIZE <= limit
-        # one step is multiplied while so many more are on their way
-        assert min(defines["GATE_UP_STAGES"] for _, _, defines, _ in variants) == kinds
+@pytest.mark.parametrize(
+    ("capability", "gate_up", "down"),
+    # stages: one step is multiplied while the others are on their way; and tiles of rows a step of down
+    [("8.0", 2, [(4, 4), (2, 4)]), ("9.0", 4, [(3, 8), (3, 4)]), ("10.0", 4, [(3, 8), (3, 4)])],
+)
+def test_the_shapes_of_a_real_model_fit_the_gpus_they_are_meant_for(capability, gate_up, down, monkeypatch):
+    limit = ptx._SHARED_SIZES[capability]
+    monkeypatch.setattr(ptx, "shared_limit", lambda: limit)
+    found = list(experts.variants(real_config()))
+    assert max(size for *_, size in found) + matmul._STATIC_SIZE <= limit
+    assert [defines["GATE_UP_STAGES"] for _, _, defines, _ in found] == [gate_up] * 4
+    assert [(defines["DOWN_STAGES"], defines["ROW_TILES"]) for _, _, defines, _ in found] == down * 2
 
 
 def test_a_gpu_on_which_it_cannot_run_is_told_so(monkeypatch):

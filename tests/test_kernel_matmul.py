@@ -62,7 +62,7 @@ def packed_bytes(rng, ggml_type, shape):
 
 def random_weight(seed, ggml_type, *shape):
     raw = packed_bytes(np.random.default_rng(seed), ggml_type, shape)
-    return pack(ggml_type, raw, shape, "rows").map(jnp.asarray)
+    return packed.as_read(pack(ggml_type, raw, shape, "rows").map(jnp.asarray))
 
 
 def random(seed, *shape):
@@ -158,14 +158,15 @@ def test_the_index_picks_the_matrix():
         assert_close(attn_output(inputs, w, index=index), twin)
 
 
-def test_a_row_before_its_norm_has_the_bits_of_norm_and_product():
+@pytest.mark.parametrize(("name", "number"), [("qkv", 3), ("lm_head", 1)])
+def test_a_row_before_its_norm_has_the_bits_of_norm_and_product(name, number):
     x, norm = random(13, 1, INPUTS), random(14, 3, INPUTS)
-    weights = [random_weight(15 + i, G.Q4_K, 2, 64, INPUTS) for i in range(3)]
+    weights = [random_weight(15 + i, G.Q4_K, 2, 64, INPUTS) for i in range(number)]
     for layer in range(3):
         rounded = Rounded(*rows.norm_quantise(x, norm, count_of(1), eps=EPS, layer=layer))
         row = matmul.Row(x, norm, layer, EPS)
         one, other = (
-            matmul.dense("qkv", inputs, weights, count_of(1), index=INDEX) for inputs in (row, rounded)
+            matmul.dense(name, inputs, weights, count_of(1), index=INDEX) for inputs in (row, rounded)
         )
         assert_same_bits(one, other)
 
@@ -267,6 +268,24 @@ def test_outputs_that_fill_no_block_of_64():
 )
 def test_what_the_kernels_can_read(ggml_type, shape, expected):
     assert packed.is_supported(empty(ggml_type, shape, "rows")) is expected
+
+
+@pytest.mark.parametrize(
+    ("ggml_type", "shape", "expected"),
+    [
+        (G.Q4_K, (2, 3, 32, 512), True),
+        (G.Q6_K, (2, 3, 32, 512), True),
+        (G.Q4_K, (2, 32, 512), False),
+        (G.F16, (2, 3, 32, 512), False),
+        (G.Q4_K, (2, 3, 24, 512), False),
+    ],
+)
+def test_codes_of_experts_alone_are_read_swapped(ggml_type, shape, expected):
+    w = empty(ggml_type, shape, "rows")
+    assert packed.reads_swapped(w) is expected
+    packed.pointers(replace(w, swapped=expected))
+    with pytest.raises(AssertionError, match="swapped"):
+        packed.pointers(replace(w, swapped=not expected))
 
 
 def test_other_layouts_are_refused():

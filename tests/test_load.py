@@ -268,7 +268,7 @@ def test_the_log_says_once_why_no_kernels_run(
     ("error", "reason"),
     [
         (ptx.KernelError("rows.cu does not compile"), "rows.cu does not compile"),
-        (RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION: ..."), "does not read PTX 7.8, which sm_90 needs"),
+        (RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION: ..."), "does not read PTX 8.0, which sm_90 needs"),
     ],
 )
 def test_a_kernel_that_cannot_be_built_leaves_the_plain_path(

@@ -26,7 +26,9 @@ from jaxmoe.quants import (
     pack_into,
     packed_size,
     read_rows,
+    swap_chunks,
     unpack_codes,
+    unswapped,
 )
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "columns")
@@ -104,6 +106,21 @@ def test_jitted_values_are_bit_equal_to_gguf(ggml_type: GGMLType, layout: Layout
         raw.reshape(-1, 17)[:, 0] = np.maximum(raw.reshape(-1, 17)[:, 0], 2)  # XLA flushes subnormals
     tensor = pack(ggml_type, raw, shape, layout)
     assert_bit_equal(jitted_dequantise(tensor), expected(ggml_type, raw, shape, layout))
+
+
+@pytest.mark.parametrize("ggml_type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.F16], ids=lambda t: t.name)
+def test_values_of_swapped_rows_are_bit_equal(ggml_type: GGMLType) -> None:
+    shape = (3, 40, 512)
+    raw = random_blocks(ggml_type, shape, seed=4)
+    plain = pack(ggml_type, raw, shape, "rows")
+    tensor = replace(plain, codes=swap_chunks(plain.codes, 0), swapped=True)
+    chunks, found = (t.codes.view(np.uint8).reshape(3, 40, -1, 16) for t in (plain, tensor))
+    for row, chunk in ((0, 5), (6, 3), (13, 0), (39, 15)):
+        np.testing.assert_array_equal(found[:, row, chunk], chunks[:, row, chunk ^ row % 8])
+    for values in (dequantise(tensor), jitted_dequantise(tensor)):
+        assert_bit_equal(values, expected(ggml_type, raw, shape, "rows"))
+    part = unswapped(tensor.map(lambda array: array[1, 13:29]), first_row=13)
+    assert_bit_equal(dequantise(part), expected(ggml_type, raw, shape, "rows")[1, 13:29])
 
 
 @pytest.mark.parametrize("shape", [(37, 768), (1, 256), (5, 96)], ids=str)

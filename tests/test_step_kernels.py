@@ -220,7 +220,7 @@ def decoded(
 
 def test_one_launch_gives_the_bits_of_many(steps: EagerSteps, monkeypatch: pytest.MonkeyPatch) -> None:
     *fused, names = decoded(steps, monkeypatch)
-    assert (names.count("decode_row"), names.count("attend_decode"), names.count("qkv")) == (1, 0, 0)
+    assert names == ["decode_row", "lm_head", "sample"]  # the last norm too is in its product's launch
     monkeypatch.setattr(decode_row, "is_supported", lambda weights, config: False)
     *separate, names = decoded(steps, monkeypatch)
     num_layers = steps.config.num_layers

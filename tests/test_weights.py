@@ -24,7 +24,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.gguf import GGUFError, GGUFFile, GGUFTensor, Value, read_gguf
 from jaxmoe.layers import StackedWeight
 from jaxmoe.model import Decoder
-from jaxmoe.quants import Layout, QuantTensor, dequantise, device_size, empty, packed_size
+from jaxmoe.quants import Layout, QuantTensor, dequantise, device_size, empty, pack, packed_size
 from jaxmoe.weights import device_weights_size, load_model
 from tools.synth_gguf import write_synthetic
 
@@ -224,6 +224,33 @@ def test_pieces_of_any_size_fill_every_row(
             np.testing.assert_array_equal(values, expected, err_msg=f"{name} {i}")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("piece_size", [20_000, 16 << 20])
+def test_experts_of_codes_lie_swapped_where_kernels_read_them(
+    mini_q4: GGUFFile, monkeypatch: pytest.MonkeyPatch, layout: Layout, piece_size: int
+) -> None:
+    monkeypatch.setattr(weights, "_PIECE_SIZE", piece_size)  # small ones begin at any row
+    for name, weight in matrices(load(mini_q4, layout)).items():
+        is_experts = name.endswith("_exps")
+        for i, (which, index) in enumerate(weight.places):
+            stack, tensor = weight.stacks[which].tensor, mini_q4.tensors[f"blk.{i}.{name}.weight"]
+            plain = pack(tensor.ggml_type, tensor.data, tensor.shape, layout)
+            assert stack.swapped == (is_experts and layout == "rows")
+            expected, found = (np.asarray(a).view(np.uint8) for a in (plain.codes, stack.codes[index]))
+            if stack.swapped:
+                chunks = expected.reshape(-1, 8, expected.shape[-1] // 128, 8, 16)
+                in_place = [chunks[:, r, :, [c ^ r for c in range(8)]] for r in range(8)]
+                expected = np.stack(in_place).transpose(2, 0, 3, 1, 4).reshape(expected.shape)
+            np.testing.assert_array_equal(found, expected, err_msg=f"{name} {i}")
+
+
+def test_experts_of_floats_lie_plain(tmp_path: Path) -> None:
+    for quant in ("F16", "F32"):
+        write_synthetic(tmp_path / f"{quant}.gguf", "tiny", quant)
+        model = load(read_gguf(tmp_path / f"{quant}.gguf"), "rows")
+        assert not any(stack.tensor.swapped for w in matrices(model).values() for stack in w.stacks)
+
+
 def test_pieces_are_equally_long_and_the_last_is_moved_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_PIECE_SIZE", 40)
     rows = np.arange(100, dtype=np.uint8)
@@ -252,13 +279,16 @@ def test_only_a_few_pieces_are_under_way(tiny_gguf: Path) -> None:
     assert i == 29
 
 
-@pytest.mark.parametrize("ggml_type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.F32], ids=lambda t: t.name)
-def test_a_piece_is_packed_in_place(ggml_type: GGMLType) -> None:
+@pytest.mark.parametrize(
+    ("ggml_type", "swapped"),
+    [(GGMLType.Q4_K, False), (GGMLType.Q4_K, True), (GGMLType.Q6_K, True), (GGMLType.F32, False)],
+)
+def test_a_piece_is_packed_in_place(ggml_type: GGMLType, swapped: bool) -> None:
     shape = (3, 8, 64, 256)
     arrays = empty(ggml_type, shape, "rows", jax.ShapeDtypeStruct).arrays
     raw = jax.ShapeDtypeStruct((100, packed_size(ggml_type, (256,))), np.uint8)
     row = jax.ShapeDtypeStruct((), np.int32)
-    memory = weights._store_rows.lower(ggml_type, arrays, raw, row).compile().memory_analysis()
+    memory = weights._store_rows.lower(ggml_type, swapped, arrays, raw, row).compile().memory_analysis()
     size = device_size(ggml_type, shape)
     assert memory.alias_size_in_bytes == size
     assert memory.output_size_in_bytes <= size + 64

@@ -340,12 +340,12 @@ DEVICE void merge(Mixed& to, const Mixed& next) {
     to.mix.z = fmaf(next.mix.z, b, to.mix.z * a), to.mix.w = fmaf(next.mix.w, b, to.mix.w * a);
 }
 // Up to 4 parts, each a run or, `single`, a segment. Runs go on from those before them, which is the same as merging
-// them with nothing first.
+// them with nothing first. Nothing is merged in the place of parts that are not there: cheaper than to branch.
 DEVICE void merge_four(Mixed& all, const Mixed (&parts)[RUN], int num_parts, bool single) {
     Mixed run = single ? no_part() : all;
 #pragma unroll
     for (int i = 0; i < RUN; i++)
-        if (i < num_parts) merge(run, parts[i]);
+        merge(run, i < num_parts ? parts[i] : no_part());
     if (single)
         merge(all, run);
     else

@@ -95,6 +95,14 @@ DEVICE void load_matrices(u32 (&r)[4], const void* row) {
 typedef u32 SharedPlace;
 DEVICE SharedPlace place_in_shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE const u8* in_shared(SharedPlace place) { return (const u8*)__cvta_shared_to_generic(place); }
+// A place whose address has some bits flipped; and load_matrices from `offset` bytes behind one.
+DEVICE SharedPlace flipped(SharedPlace place, u32 bits) { return place ^ bits; }
+DEVICE void load_matrices(u32 (&r)[4], SharedPlace row, int offset = 0) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row + offset)
+                 : "memory");
+}
 // 16 bytes from global to shared memory in the background; zeros where not `wanted`.
 DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {
     u32 address = (u32)__cvta_generic_to_shared(shared), size = wanted ? 16 : 0;
@@ -102,6 +110,34 @@ DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+#if __CUDA_ARCH__ >= 900
+// Before bulk copies, by all threads: what they wrote to shared memory lies there before.
+DEVICE void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A barrier that one thread tells once a phase how many bytes come; phases end in turn with parity 0 and 1.
+DEVICE void init_bulk(u64* barrier) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+DEVICE void expect_bulk(u64* barrier, u32 size) {
+    u32 address = (u32)__cvta_generic_to_shared(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(size) : "memory");
+}
+constexpr int BULK_COPIERS = 1;  // lanes of a warp that are worth sharing a copy
+// `size` bytes, all multiples of 16, from global to shared memory in the background.
+DEVICE void copy_bulk(void* shared, const void* global, u32 size, u64* barrier, int = 0, int = 1) {
+    u32 to = (u32)__cvta_generic_to_shared(shared), by = (u32)__cvta_generic_to_shared(barrier);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(global),
+                 "r"(size), "r"(by)
+                 : "memory");
+}
+DEVICE bool is_bulk_there(u64* barrier, u32 parity) {
+    u32 address = (u32)__cvta_generic_to_shared(barrier), is_there;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(is_there)
+                 : "r"(address), "r"(parity)
+                 : "memory");
+    return is_there;
+}
+#endif
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -111,6 +147,11 @@ DEVICE u32 highest_of_lanes(u32 v) {
     u32 highest;
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(v));
     return highest;
+}
+DEVICE int sum_of_lanes(int v) {
+    int sum;
+    asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(sum) : "r"(v));
+    return sum;
 }
 // Adds and returns what was there. What this thread, and its block before a barrier, wrote is seen by whoever adds
 // later, and it sees what they wrote who added before.
@@ -156,8 +197,6 @@ DEVICE void write_long_words(u64* p, u64 a, u64 b) {
 }
 DEVICE void write_word(u32* p, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(word) : "memory"); }
 DEVICE void let_others_run() {}  // between two looks at such words
-// The 64 bytes that a global address lies in come to the L2 cache in the background.
-DEVICE void fetch_to_cache(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // sum + the products of four unsigned and four signed bytes.
 DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
     asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
@@ -168,7 +207,9 @@ typedef const void* SharedPlace;
 DEVICE SharedPlace place_in_shared(const void* p) { return p; }
 DEVICE const u8* in_shared(SharedPlace place) { return (const u8*)place; }
 DEVICE void mma_int8(int (&d)[4], u32 a0, u32 a1, u32 b0, int c) { mma_int8(d, a0, a1, 0, 0, b0, 0, c); }
-DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+DEVICE SharedPlace flipped(SharedPlace place, u32 bits) { return (const void*)((u64)place ^ bits); }
+DEVICE void load_matrices(u32 (&r)[4], const void* row, int offset = 0) {
+    row = (const u8*)row + offset;
     int lane = threadIdx.x & 31;
     for (int i = 0; i < 4; i++) {
         u32 other = __shfl_sync(ALL_LANES, (u32)(u64)row, 8 * i + lane / 4);
@@ -179,6 +220,10 @@ DEVICE u32 highest_of_lanes(u32 v) {
     for (int offset = 16; offset; offset >>= 1) v = max(v, __shfl_xor_sync(ALL_LANES, v, offset));
     return v;
 }
+DEVICE int sum_of_lanes(int v) {
+    for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(ALL_LANES, v, offset);
+    return v;
+}
 DEVICE int add_in_order(int* counter, int number) { return atomicAdd(counter, number); }
 DEVICE void add_after(int* counter, int number) { atomicAdd(counter, number); }
 DEVICE int read_after(const int* counter) { return *counter; }
@@ -187,11 +232,23 @@ DEVICE u32 read_word(const u32* p) { return *p; }
 DEVICE ulonglong2 read_long_words(const u64* p) { return *(const ulonglong2*)p; }
 DEVICE void write_word(u32* p, u32 word) { *p = word; }
 DEVICE void write_long_words(u64* p, u64 a, u64 b) { *(ulonglong2*)p = make_ulonglong2(a, b); }
-DEVICE void fetch_to_cache(const void* p) { (void)*(const volatile u8*)p; }  // out of bounds shows here
 DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
     for (int i = 0; i < 32; i += 8) sum += (int)(a >> i & 255) * (i8)(b >> i);
     return sum;
 }
+#endif
+
+#if defined(EMULATED) || __CUDA_ARCH__ < 900
+// Older GPUs have no bulk copies: pieces of 16 bytes by one thread or shared by `lanes`, whose own wait_copies waits for them.
+constexpr int BULK_COPIERS = 32;
+DEVICE void fence_bulk() {}
+DEVICE void init_bulk(u64*) {}
+DEVICE void expect_bulk(u64*, u32) {}
+DEVICE void copy_bulk(void* shared, const void* global, u32 size, u64*, int lane = 0, int lanes = 1) {
+#pragma unroll 4
+    for (u32 i = lane * 16; i < size; i += lanes * 16) copy_async((u8*)shared + i, (const u8*)global + i);
+}
+DEVICE bool is_bulk_there(u64*, u32) { return true; }
 #endif
 
 // Between two looks at what another block writes. Where it never does, the launch ends with an error after some seconds.
@@ -205,6 +262,12 @@ DEVICE void wait_for(const int* counter, int number) {
     u32 looks = 0;
     while (read_after(counter) < number) look_again(looks);
     __syncwarp();
+}
+
+// Until the bulk copies of the phase with this parity are there.
+DEVICE void wait_bulk(u64* barrier, u32 parity) {
+    u32 looks = 0;
+    while (!is_bulk_there(barrier, parity)) look_again(looks);
 }
 
 DEVICE float sum_of_lanes(float v) {
@@ -227,7 +290,7 @@ DEVICE float sum_of_squares(const float (&v)[8]) {
 
 // Round 32 numbers, NUM in each of 32 / NUM neighbouring lanes, to int8: the lane's codes, the scale and the sum of the
 // 32 codes. code = round(v * (127 / max)), half to even; scale = max / 127.
-template <int NUM> DEVICE void round_group(const float (&v)[NUM], u32 (&codes)[NUM / 4], float& scale, int& sum) {
+template <int NUM> DEVICE void round_group(const float (&v)[NUM], u32 (&codes)[(NUM + 3) / 4], float& scale, int& sum) {
     float highest = fabsf(v[0]);
 #pragma unroll
     for (int i = 1; i < NUM; i++) highest = fmaxf(highest, fabsf(v[i]));

@@ -11,8 +11,8 @@ from typing import Any
 class Comparison:
     """A kernel, its twin that rounds activations alike, and the float twin that does not round them.
 
-    All three are called with `arrays` and give pytrees of arrays of the same structure. `exact`: integers and
-    page bytes, equal to the twin's; otherwise the relative L2 error is held to 1e-3 (twin) and 1.5 % (float
+    All three are called with `arrays` and give pytrees of arrays of the same structure. `exact`: all bits
+    are equal to the twin's; otherwise the relative L2 error is held to 1e-3 (twin) and 1.5 % (float
     twin; None where there is none).
     """
 

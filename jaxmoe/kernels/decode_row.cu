@@ -25,11 +25,14 @@ extern __shared__ __align__(16) u8 shared[];
 constexpr int MIXED = NUM_HEADS * H, QUERY_ROWS = MIXED, KEY_ROWS = NUM_KV_HEADS * H;
 constexpr int MIXED_SEGMENTS = MIXED / SEGMENT, INNER_SEGMENTS = INNER / SEGMENT, HIDDEN_SEGMENTS = ACTIVE * INNER_SEGMENTS;
 
-using Out = SharedRows<FORMAT_0, MIXED_SEGMENTS, ROWS, true, 16>;
-using Gate = SharedRows<FORMAT_1, SEGMENTS, PAIR_ROWS, true, 16>;
-using Up = SharedRows<FORMAT_2, SEGMENTS, PAIR_ROWS, true, 16>;
-template <class F> using Down = SharedRows<F, INNER_SEGMENTS, ROWS, true, 16>;
-template <class F> using Share = SharedRows<F, SEGMENTS, QKV_ROWS, true, 16>;
+// Whole rows are copied as they lie; 16 bytes between keep the banks apart, or that experts' codes are swapped.
+template <class F, int COUNT, int NUM> using WholeRows = SharedRows<F, COUNT, NUM, true, 16, true>;
+template <class F, int COUNT, int NUM> using ExpertRows = SharedRows<F, COUNT, NUM, true, 0, true, true>;
+using Out = WholeRows<FORMAT_0, MIXED_SEGMENTS, ROWS>;
+using Gate = ExpertRows<FORMAT_1, SEGMENTS, PAIR_ROWS>;
+using Up = ExpertRows<FORMAT_2, SEGMENTS, PAIR_ROWS>;
+template <class F> using Down = ExpertRows<F, INNER_SEGMENTS, ROWS>;
+template <class F> using Share = WholeRows<F, SEGMENTS, QKV_ROWS>;
 template <class F_> struct Tag { using F = F_; };
 
 // work(Tag) for the nth of some formats, I being the first that is left and DONE a bit for each that is not. Equal ones share
@@ -82,6 +85,10 @@ constexpr int MOST_TASKS = larger(larger(Out::TASKS, PAIR_CHUNKS * CHUNK_TASKS),
 __shared__ __align__(16) u8 inputs[sizeof(SharedRow<MOST_SEGMENTS>)];  // of one product after the other
 __shared__ __align__(16) float sums[MOST_TASKS], chains[WARPS][CHAINS];
 __shared__ float segment_sums[SEGMENTS], segment_logits[BLOCK_EXPERTS][SEGMENTS];
+
+// The copies of codes, each of which is there once a layer: with the parity of the layer.
+enum { QKV_COPY, OUTPUT_COPY, EARLY_COPY, LATE_COPY, PAIR_COPIES, ALL_COPIES = PAIR_COPIES + PAIR_CHUNKS };
+__shared__ u64 barriers[ALL_COPIES];
 
 template <int COUNT> DEVICE SharedRow<COUNT>& input() { return *(SharedRow<COUNT>*)inputs; }
 
@@ -228,8 +235,10 @@ struct Choice {
     float share;
 };
 
-// A lane's neighbouring experts: their logits times r as words that are larger for larger ones, 0 past the last.
-template <int FOURS> DEVICE void take_logits(u32 (&logits)[4 * FOURS], const u32* words, float r) {
+// By one warp, when they are there: the logits times r as words that are larger for larger ones, 0 past the last.
+constexpr int FOURS = (MATRICES + 127) / 128;
+__shared__ uint4 ordered_logits[32 * FOURS];
+DEVICE void take_logits(const u32* words, float r) {
     constexpr int LAST = (MATRICES - 1) / 4;
     u32 looks = 0;
     bool is_missing = true;
@@ -239,26 +248,32 @@ template <int FOURS> DEVICE void take_logits(u32 (&logits)[4 * FOURS], const u32
         for (int k = 0; k < FOURS; k++) {
             int four = (int)(threadIdx.x & 31) * FOURS + k;
             uint4 found = read_words(words + 4 * min(four, LAST));
-            u32 each[4] = {found.x, found.y, found.z, found.w};
+            u32 each[4] = {found.x, found.y, found.z, found.w}, ordered[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 bool is_expert = MATRICES == 128 * FOURS || 4 * four + i < MATRICES;
                 is_missing |= is_expert && each[i] == 0;
-                logits[4 * k + i] = is_expert ? max(ordered_word(number_of(each[i]) * r), 1u) : 0u;
+                ordered[i] = is_expert ? max(ordered_word(number_of(each[i]) * r), 1u) : 0u;
             }
+            ordered_logits[four] = make_uint4(ordered[0], ordered[1], ordered[2], ordered[3]);
         }
         if (is_missing) look_again(looks);
     }
-    __syncwarp();
 }
 
 // By each warp: the experts with the highest logits, ties to the lower id, and their softmax. `chosen` is told of
-// the j-th one's id as soon as it is known.
+// the j-th one's id as soon as it is known. One warp looks for the logits: were it all, they would wait for each other.
 template <class Chosen> DEVICE Choice choose_experts(const u32* words, float r, Chosen chosen) {
-    constexpr int FOURS = (MATRICES + 127) / 128;
     int lane = threadIdx.x & 31;
+    if ((threadIdx.x >> 5) == WARPS - 1) take_logits(words, r);
+    fence_bulk();
+    __syncthreads();
     Ranked<4 * FOURS> ranked;
-    take_logits<FOURS>(ranked.words, words, r);
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        uint4 four = ordered_logits[lane * FOURS + k];
+        ranked.words[4 * k] = four.x, ranked.words[4 * k + 1] = four.y, ranked.words[4 * k + 2] = four.z, ranked.words[4 * k + 3] = four.w;
+    }
     ranked.sort();
     u32 mine = 0;
     int id_of_mine = 0;
@@ -273,7 +288,8 @@ template <class Chosen> DEVICE Choice choose_experts(const u32* words, float r, 
 }
 
 // This thread's row of attn_output, when the copies have come.
-DEVICE float multiply_output() {
+DEVICE float multiply_output(u32 parity) {
+    wait_bulk(barriers + OUTPUT_COPY, parity);
     wait_copies<0>();
     __syncthreads();
     multiply_rows<FORMAT_0, Out>(sums, shared + AT_OUTPUT, input<MIXED_SEGMENTS>());
@@ -297,25 +313,32 @@ DEVICE void put_logits(RowNorm& norm, const Logits& logits, u32* words) {
 
 struct Pairs {  // this block's share: some rows of one of the chosen experts
     int j, first;
-    RowsCopy<FORMAT_1, Gate> gate;
-    RowsCopy<FORMAT_2, Up> up;
+    Weight gate, up;
 
     METHOD Pairs(const Weight& gate_, const Weight& up_)
         : j(min((int)blockIdx.x / EXPERT_BLOCKS, ACTIVE - 1)), first((int)blockIdx.x % EXPERT_BLOCKS * PAIR_CHUNKS * PAIR_ROWS),
-          gate(gate_, threadIdx.x), up(up_, threadIdx.x) {}
+          gate(gate_), up(up_) {}
     METHOD int row(int chunk) const { return min(first + chunk * PAIR_ROWS, INNER - PAIR_ROWS); }
     METHOD void start(size_t matrix) const {
+        ScalesCopy<FORMAT_1, Gate> gate_scales(gate, threadIdx.x);
+        ScalesCopy<FORMAT_2, Up> up_scales(up, threadIdx.x);
 #pragma unroll 1
         for (int c = 0; c < PAIR_CHUNKS; c++) {
-            gate.start(shared + c * CHUNK_SIZE, matrix * INNER + row(c));
-            up.start(shared + c * CHUNK_SIZE + Gate::SIZE, matrix * INNER + row(c));
+            u8* to = shared + c * CHUNK_SIZE;
+            size_t from = matrix * INNER + row(c);
+            if (threadIdx.x == 0) expect_bulk(barriers + PAIR_COPIES + c, PAIR_ROWS * (ROW_BYTES<FORMAT_1, Gate> + ROW_BYTES<FORMAT_2, Up>));
+            copy_codes<FORMAT_1, Gate>(to, gate, from, barriers + PAIR_COPIES + c);
+            copy_codes<FORMAT_2, Up>(to + Gate::SIZE, up, from, barriers + PAIR_COPIES + c);
+            gate_scales.start(to, from);
+            up_scales.start(to + Gate::SIZE, from);
             commit_copies();
         }
     }
     // `later` starts one group of copies more, when the first chunk is there: these are needed before.
-    template <class Later> METHOD void multiply(Later later) const {
+    template <class Later> METHOD void multiply(u32 parity, Later later) const {
 #pragma unroll 1
         for (int c = 0; c < PAIR_CHUNKS; c++) {
+            wait_bulk(barriers + PAIR_COPIES + c, parity);
             if (c == 0)
                 wait_copies<PAIR_CHUNKS - 1>();
             else if (c < PAIR_CHUNKS - 1)
@@ -350,15 +373,23 @@ struct Experts {  // whose down is added up
         : place(place_of<STACK_DOWN>(layer)), down(choose(place.is_first, first, second)), row(row_) {}
     template <class Work> METHOD void with(Work work) const { with_format<0, 0, FORMAT_3, FORMAT_7>(!place.is_first, work); }
     // The copies of experts begin .. end - 1 of the chosen ones.
-    METHOD void start(const Choice& choice, int begin, int end) const {
+    METHOD void start(const Choice& choice, int begin, int end, u64* barrier) const {
+        auto first = [&](int j) { return ((size_t)place.at * MATRICES + __shfl_sync(ALL_LANES, choice.id, j)) * K + row; };
         with([&](auto tag) {
             using F = typename decltype(tag)::F;
-            RowsCopy<F, Down<F>> copy(down, threadIdx.x);
+            constexpr int SIZE = ROW_BYTES<F, Down<F>>, TOGETHER = ROWS_A_COPY<F, Down<F>>, COPIES = ROWS / TOGETHER;
+            static_assert(TOGETHER == 8 && ROWS % 8 == 0 && PAIR_ROWS % 8 == 0, "rows are swapped in groups of 8");
+            int count = (end - begin) * COPIES;
+            if (threadIdx.x == 0) expect_bulk(barrier, (end - begin) * ROWS * SIZE);
 #pragma unroll 1
-            for (int j = begin; j < end; j++) {
-                size_t matrix = (size_t)place.at * MATRICES + __shfl_sync(ALL_LANES, choice.id, j);
-                copy.start(place_of_down(j), matrix * K + row);
+            for (int i = 0; i < count; i += THREADS) {
+                int n = i + spread_copy(), j = min(begin + n / COPIES, ACTIVE - 1), r = n % COPIES * TOGETHER;
+                const u8* from = down.codes + (first(j) + r) * SIZE;
+                if (n < count) copy_bulk(place_of_down(j) + r * Down<F>::ROW_STRIDE, from, TOGETHER * SIZE, barrier);
             }
+            ScalesCopy<F, Down<F>> scales(down, threadIdx.x);
+#pragma unroll 1
+            for (int j = begin; j < end; j++) scales.start(place_of_down(j), first(j));
         });
         commit_copies();
     }
@@ -371,6 +402,7 @@ struct Experts {  // whose down is added up
         float shares[ACTIVE];
 #pragma unroll
         for (int j = 0; j < ACTIVE; j++) shares[j] = __shfl_sync(ALL_LANES, choice.share, j);
+        fence_bulk();
         __syncthreads();
         return threadIdx.x < ROWS ? sum_of_experts<Down<FORMAT_3>>(sums, shares, threadIdx.x) : 0.f;
     }
@@ -399,16 +431,7 @@ struct Projection {  // this block's rows of one of the three
         Weight w = choose(place.is_first, of_matrix(all[0]), of_matrix(all[1]));
         with(place, [&](auto tag) {
             using F = typename decltype(tag)::F;
-            copy_rows<F, Share<F>>(shared, w, (size_t)place.at * num_rows() + row);
-        });
-    }
-    // What `start` will copy, to the L2 cache.
-    METHOD void fetch(int layer, const Weight (&all)[2][3]) const {
-        Place place = place_of<STACK_QKV>(layer);
-        Weight w = choose(place.is_first, of_matrix(all[0]), of_matrix(all[1]));
-        with(place, [&](auto tag) {
-            using F = typename decltype(tag)::F;
-            fetch_rows<F, Share<F>>(w, (size_t)place.at * num_rows() + row);
+            start_rows<F, Share<F>>(shared, w, (size_t)place.at * num_rows() + row, barriers + QKV_COPY);
         });
     }
     METHOD Weight of_matrix(const Weight (&all)[3]) const { return choose(matrix == 0, all[0], choose(matrix == 1, all[1], all[2])); }
@@ -417,6 +440,7 @@ struct Projection {  // this block's rows of one of the three
         norm.put_squares(segment_sums);
         norm.multiply();
         norm.put_codes(input<SEGMENTS>());
+        wait_bulk(barriers + QKV_COPY, layer & 1);
         wait_copies<3>();
         __syncthreads();
         norm.put_scales(input<SEGMENTS>(), inverse_rms<K>(segment_sums, EPS));
@@ -425,6 +449,7 @@ struct Projection {  // this block's rows of one of the three
             using F = typename decltype(tag)::F;
             multiply_rows<F, Share<F>>(sums, shared, input<SEGMENTS>());
         });
+        if (LATE_OUTPUT) fence_bulk();
         __syncthreads();
         if (threadIdx.x < QKV_ROWS) put_number(words + out + threadIdx.x, total<Share<FORMAT_4>>(sums, threadIdx.x));
     }
@@ -620,15 +645,24 @@ decode_row(const float* x, const int* active, const int* positions, const int* t
     u64* parts = (u64*)(exchange + (size_t)NUM_LAYERS * WORDS);
     Task task(__ldg(positions + slot), tables + slot * TABLE_LENGTH);
     Weight qkv[2][3] = {{GIVEN(4), GIVEN(5), GIVEN(6)}, {GIVEN(8), GIVEN(9), GIVEN(10)}};
-    auto start_layer = [&](int layer) {  // four groups of copies
-        Projection().start(layer, qkv);
+    auto start_output = [&](int layer) {
+        start_rows<FORMAT_0, Out>(shared + AT_OUTPUT, GIVEN(0), (size_t)layer * K + first, barriers + OUTPUT_COPY);
         commit_copies();
-        if (!LATE_OUTPUT) copy_rows<FORMAT_0, Out>(shared + AT_OUTPUT, GIVEN(0), (size_t)layer * K + first);
-        commit_copies();
+    };
+    auto start_rest = [&](int layer) {  // behind q, k and v: three groups of copies
+        if (LATE_OUTPUT)
+            commit_copies();
+        else
+            start_output(layer);
         task.start(s, keys + layer_start(layer), values + layer_start(layer));
     };
 
-    start_layer(0);
+    if (threadIdx.x < ALL_COPIES) init_bulk(barriers + threadIdx.x);
+    fence_bulk();
+    __syncthreads();
+    Projection().start(0, qkv);
+    commit_copies();
+    start_rest(0);
     float before = x[mine];
     RowNorm norm;
     norm.load(norm.w, norms);
@@ -639,43 +673,42 @@ decode_row(const float* x, const int* active, const int* positions, const int* t
         if (layer > 0 && (threadIdx.x >> 5) < SEGMENTS) take<SEGMENTS>(norm.v, words - WORDS + RESULT);
         Projection().multiply(norm, layer, words);
 
-        if (LATE_OUTPUT) copy_rows<FORMAT_0, Out>(shared + AT_OUTPUT, GIVEN(0), (size_t)layer * K + first);
-        if (LATE_OUTPUT) commit_copies();
+        if (LATE_OUTPUT) start_output(layer);
         norm.load(norm.w, expert_norms + (size_t)layer * K);
         Logits logits(router + (size_t)layer * MATRICES * K);
         if (task.first < task.end) take_heads(s, task, q_norms + layer * H, k_norms + layer * H, cosines, sines, words);
         attend(s, task, keys + layer_start(layer), values + layer_start(layer), layer, parts);
         merge_parts((Piece*)s.buffers[1], task, layer, parts, words);
-        if (layer + 1 < NUM_LAYERS) {  // memory has nothing else to do
-            Projection().fetch(layer + 1, qkv);
-            fetch_rows<FORMAT_0, Out>(GIVEN(0), (size_t)(layer + 1) * K + first);
-        }
-
         take_mixed(words);
-        before = before + multiply_output();
+        before = before + multiply_output(layer & 1);
         if (threadIdx.x < ROWS) put_number(words + AFTER + mine, before);
         put_logits(norm, logits, words);
-        Pairs pairs(GIVEN(1), GIVEN(2));
         float r = inverse_rms<K>(segment_sums, EPS);
+        norm.put_codes(input<SEGMENTS>());
+        norm.put_scales(input<SEGMENTS>(), r);
+        Pairs pairs(GIVEN(1), GIVEN(2));
         Choice choice = choose_experts(words + LOGITS, r, [&](int j, int id) {
             if (j == pairs.j) pairs.start((size_t)layer * MATRICES + id);
         });
-        norm.put_codes(input<SEGMENTS>());
-        norm.put_scales(input<SEGMENTS>(), r);
         Experts experts(layer, first, GIVEN(3), GIVEN(7));
-        pairs.multiply([&]() { experts.start(choice, 0, EARLY); });
+        pairs.multiply(layer & 1, [&]() { experts.start(choice, 0, EARLY, barriers + EARLY_COPY); });
+        fence_bulk();
         __syncthreads();
         pairs.put(words + HIDDEN);
 
         bool is_last = layer == NUM_LAYERS - 1;
-        experts.start(choice, EARLY, ACTIVE);
+        experts.start(choice, EARLY, ACTIVE, barriers + LATE_COPY);
+        if (!is_last) Projection().start(layer + 1, qkv);
+        commit_copies();
         if (!is_last) norm.load(norm.w, norms + (size_t)(layer + 1) * K);
         take_row<HIDDEN_SEGMENTS>(words + HIDDEN);
-        wait_copies<0>();
+        wait_bulk(barriers + EARLY_COPY, layer & 1);
+        wait_bulk(barriers + LATE_COPY, layer & 1);
+        wait_copies<1>();  // all but q, k and v
         __syncthreads();
         before = before + experts.multiply(choice);
         if (threadIdx.x < ROWS) put_number(words + RESULT + mine, before);
-        if (!is_last) start_layer(layer + 1);
+        if (!is_last) start_rest(layer + 1);
     }
     if (threadIdx.x < ROWS) out[mine] = before;
 }

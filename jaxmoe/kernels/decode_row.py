@@ -200,12 +200,12 @@ def _placed(weights: RowWeights, config: ModelConfig, defines: Defines) -> tuple
     output, gate, up, *_ = weights.products
     experts, projections = weights.products[3::4], [*weights.products[4:7], *weights.products[8:]]
 
-    def size(macro: str, *stacks: QuantTensor) -> int:
-        return max(shared_rows_size(stack, int(defines[macro]), 16) for stack in stacks)
+    def size(macro: str, *stacks: QuantTensor, pad: int = 16) -> int:
+        return max(shared_rows_size(stack, int(defines[macro]), pad, whole=True) for stack in stacks)
 
     active, limit = config.experts_per_token, ptx.shared_limit() - _static_size(config, defines)
-    chunks = int(defines["PAIR_CHUNKS"]) * (size("PAIR_ROWS", gate) + size("PAIR_ROWS", up))
-    own, expert, out = size("QKV_ROWS", *projections), size("ROWS", *experts), size("ROWS", output)
+    chunks = int(defines["PAIR_CHUNKS"]) * sum(size("PAIR_ROWS", stack, pad=0) for stack in (gate, up))
+    own, expert, out = size("QKV_ROWS", *projections), size("ROWS", *experts, pad=0), size("ROWS", output)
     buffer = 2 * attention.SEGMENT_LENGTH * config.head_dim
     rest = -(-attention.decode_shared_size(config, _BUFFERS) // 16) * 16 - buffer
     for early in range(active, -1, -1):
@@ -296,8 +296,8 @@ def separate(
 _Q4, _Q6 = GGMLType.Q4_K, GGMLType.Q6_K
 # Formats of v and down: in all layers, or one after the other.
 _KINDS = ((_Q4,), (_Q4, _Q6))
-_PAGE_LENGTH, _CONTEXT = 64, 1024
-_POSITIONS = (0, 128, 700)
+_PAGE_LENGTH, _CONTEXT = 64, 9216
+_POSITIONS = (0, 128, 700, 9000)  # at the last a block has several segments of the context
 
 
 def variants(config: ModelConfig) -> Iterator[Variant]:

@@ -6,7 +6,7 @@ All blocks of the launch run at once, and those that make a tile's hidden rows t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,11 @@ from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_shapes, rounded
 from jaxmoe.quants import QuantTensor
 
 FILE = "experts.cu"
-_MOST_WARPS = 20  # with one more they would have fewer than 96 registers
-_MOST_UNITS = 16  # of 16 rows and a segment, that are multiplied at once
-_PARTIAL = 16 * (FEW_TILE + 1) * 4  # bytes of the sums of one
+_MOST_MULTIPLYING = 16  # warps
+_OTHER_WARPS = 4  # that finish and copy; with more than 20 in all they would have fewer than 96 registers
+_ROW_TILES = (1, 2, 4, 8)  # of 16 rows, of a step of down
+_STAGES = (5, 4, 3, 2, 0)  # steps of a product that are kept; 0: it does not fit
+_PARTIAL = FEW_TILE * (16 + 4) * 4  # bytes of the sums of a unit: 16 rows and a segment
 _VARIANTS = (8, 64)
 _COMPARED_ROWS = (2, 8, 64)
 
@@ -76,57 +78,93 @@ def run(
 
 
 def _launch(num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) -> Launch:
-    gate, up, down = weights
-    segments, down_segments = gate.shape[-1] // packed.SEGMENT, down.shape[-1] // packed.SEGMENT
-    row_tiles = max(n for n in (1, 2, 4, 8) if n * down_segments <= _MOST_UNITS or n == 1)
-    num_units = max(2 * segments, row_tiles * down_segments)
-    multiplying = min(num_units, _MOST_UNITS)
-    copying = [_copying_warps(some, _MOST_WARPS - multiplying - 1) for some in ((gate, up), (down,))]
-    fixed = _fixed_size(num_rows, num_units, config)
-    pair, rows = sum(packed.shared_rows_size(w, 16, 16) for w in (gate, up)), 16 * row_tiles
-    first = _stages(fixed, pair, segments, gate.shape[-2] // 16)
-    second = _stages(fixed, packed.shared_rows_size(down, rows, 32), down_segments, down.shape[-2] // rows)
+    gate, _, down = weights
+    steps = _steps(num_rows, weights, config)
+    warps = min(_num_units(steps.row_tiles, weights), _MOST_MULTIPLYING) + _OTHER_WARPS
     defines: Defines = {
         "K": gate.shape[-1], "INNER": down.shape[-1], "MATRICES": config.num_experts,
         "ACTIVE": config.experts_per_token, "NUM_ROWS": num_rows, "DOWNS": down.shape[0], "NORMS": 1,
-        "BLOCKS": ptx.num_multiprocessors(),
-        "THREADS": 32 * (multiplying + max(copying) + 1), "COPYING": max(copying),
-        "GATE_UP_COPYING": copying[0], "DOWN_COPYING": copying[1], "GATE_UP_STAGES": first[0],
-        "DOWN_STAGES": second[0], "ROW_TILES": row_tiles,
+        "BLOCKS": ptx.num_multiprocessors(), "THREADS": 32 * warps, "GATE_UP_STAGES": steps.gate_up,
+        "DOWN_STAGES": steps.down, "ROW_TILES": steps.row_tiles,
     }  # fmt: skip
     defines |= {f"FORMAT_{i}": packed.format_macro(w) for i, w in enumerate(weights)}
     if num_rows > FEW_ROWS:
         defines["LISTED"] = 1
-    return Launch(FILE, "experts", defines, (int(defines["BLOCKS"]), 1, 1), max(first[1], second[1]))
+    return Launch(FILE, "experts", defines, (int(defines["BLOCKS"]), 1, 1), steps.shared_size)
+
+
+class _Steps(NamedTuple):
+    """Tiles of rows of a step of down, the stages of gate_up and of down, and the shared memory they take."""
+
+    row_tiles: int
+    gate_up: int
+    down: int
+    shared_size: int
+
+
+def _steps(num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) -> _Steps:
+    """As many tiles a step as do well: one has its costs however much it multiplies.
+
+    That is a unit for each warp, or two where three such steps and as many of gate_up as ever fit in.
+    """
+    all_steps = [_steps_of(row_tiles, num_rows, weights, config) for row_tiles in _ROW_TILES]
+    first = all_steps[0]
+    if not min(first.gate_up, first.down):
+        raise ptx.KernelError(
+            f"a step of the experts takes {first.shared_size} bytes of shared memory, "
+            f"the GPU has {ptx.shared_limit()}"
+        )
+    best = first
+    for steps in all_steps:
+        turns = -(-steps.row_tiles * _segments(weights[2]) // _MOST_MULTIPLYING)
+        if turns <= 2 and steps.gate_up == first.gate_up and steps.down > turns:
+            best = steps
+    return best
+
+
+def _steps_of(row_tiles: int, num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) -> _Steps:
+    """The stages that fit, and the shared memory of them, or of the fewest there may be."""
+    gate, up, down = weights
+    # the launch number is handed over as so many bytes more
+    limit = ptx.shared_limit() - matmul._STATIC_SIZE - gate.shape[0] * down.shape[0]
+    before = _fixed_size(num_rows, _num_units(row_tiles, weights), config)
+    found, sizes = [], []
+    for w, step, num_steps in (
+        (gate, _tile_size(gate, 16) + _tile_size(up, 16), gate.shape[-2] // 16),
+        (down, _tile_size(down, 16 * row_tiles), down.shape[-2] // (16 * row_tiles)),
+    ):
+        fixed = before + 2 * FEW_TILE * (_segments(w) * (packed.SEGMENT + 64) + 32)
+        stages = next(n for n in _STAGES if (n <= num_steps + 1 and n * step + fixed <= limit) or n == 0)
+        found.append(stages)
+        sizes.append(max(stages, 2) * step + fixed)
+    return _Steps(row_tiles, found[0], found[1], max(sizes))
+
+
+def _segments(w: QuantTensor) -> int:
+    return w.shape[-1] // packed.SEGMENT
+
+
+def _num_units(row_tiles: int, weights: Sequence[QuantTensor]) -> int:
+    """Units of 16 rows and a segment of a step, of gate_up or of down, whichever has more."""
+    return max(2 * _segments(weights[0]), row_tiles * _segments(weights[2]))
 
 
 def _fixed_size(num_rows: int, num_units: int, config: ModelConfig) -> int:
     """Bytes of shared memory before the stages: sums of two steps, and the tiles."""
     size = max(2 * num_units * _PARTIAL, 12 * config.num_experts)
-    if num_rows > FEW_ROWS:
-        return size
-    pairs = -(-2 * num_rows * config.experts_per_token // 4) * 4
-    return -(-(size + pairs + 4 * num_progress(num_rows, config)) // 16) * 16
+    if num_rows <= FEW_ROWS:
+        pairs = -(-2 * num_rows * config.experts_per_token // 4) * 4
+        size += pairs + 4 * num_progress(num_rows, config)
+    return -(-size // 128) * 128
 
 
-def _stages(fixed: int, stage: int, segments: int, num_steps: int) -> tuple[int, int]:
-    """Steps of a product that are kept, as many as fit, and the shared memory up to their end."""
-    fixed += 2 * segments * FEW_TILE * (packed.SEGMENT + 32 + 80)
-    limit = ptx.shared_limit() - matmul._STATIC_SIZE
-    fitting = [n for n in (5, 4, 3, 2) if n <= num_steps + 1 and n * stage + fixed <= limit]
-    if not fitting:
-        raise ptx.KernelError(
-            f"a step of the experts takes {2 * stage + fixed} bytes of shared memory, "
-            f"the GPU has {ptx.shared_limit()}"
-        )
-    return fitting[0], fitting[0] * stage + fixed
-
-
-def _copying_warps(weights: Sequence[QuantTensor], most: int) -> int:
-    """Warps that copy: where they take whole rows at a time, addresses cost the least."""
-    pieces = [w.shape[-1] * packed.code_bits(w) // 128 for w in weights]
-    fitting = [n for n in (4, 3, 2) if n <= most]
-    return next((n for n in fitting if not any(32 * n % count for count in pieces)), fitting[0])
+def _tile_size(w: QuantTensor, num_rows: int) -> int:
+    """Bytes of `num_rows` rows of a weight in shared memory: TileRows of experts.cu."""
+    size = packed.SEGMENT * packed.code_bits(w) // 8
+    size += 0 if w.s is None else 16 if w.group == 16 else 8
+    size += 0 if w.m is None else 8
+    size += sum(packed.SEGMENT // w.block * d.dtype.itemsize for d in (w.d, w.d_m) if d is not None)
+    return -(-num_rows * _segments(w) * size // 128) * 128
 
 
 # --- The twin, what is compiled and compared without a model.

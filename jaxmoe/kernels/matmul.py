@@ -482,7 +482,7 @@ def _dense_launches(config: ModelConfig) -> Iterator[Launch]:
     for num_rows in [n for n in _DENSE_VARIANTS if n <= FEW_ROWS]:
         for kind in (q4, q6):
             if head := absent_weights([kind], [_head_shape(config)]):
-                yield _dense_launch("lm_head", _absent_rounded(num_rows, config.d_model), head)
+                yield _dense_launch("lm_head", _absent_inputs(num_rows, config), head)
 
 
 def _grouped_launches(config: ModelConfig) -> Iterator[Launch]:
@@ -529,7 +529,7 @@ def _absent_rounded(num_rows: int, width: int) -> Rounded:
 
 
 def _absent_inputs(num_rows: int, config: ModelConfig) -> Rounded | Row:
-    """What qkv and the experts take: one row before its norm, or several after it."""
+    """What qkv, the experts and lm_head take: one row before its norm, or several after it."""
     if num_rows > 1:
         return _absent_rounded(num_rows, config.d_model)
     norm = _absent(config.num_layers, config.d_model)
@@ -587,7 +587,7 @@ def _dense_comparisons(
         return
     fields = random_weights(rng, absent)
     for num_rows in counts:
-        eps = config.norm_eps if name == "qkv" and num_rows == 1 else None
+        eps = config.norm_eps if name != "attn_output" and num_rows == 1 else None
         x, out = _random_rows(rng, (num_rows, absent[0].shape[-1]), (num_rows, config.d_model))
         residual = out if name == "attn_output" else None
         arrays = (fields, x, _random_norm(rng, config), residual, _count(num_rows))

@@ -22,19 +22,28 @@ template <class F0, class F1> struct Stage {
 
 using Totals = float[2][COLUMN_TILES][4];
 
+#ifdef DENSE
+constexpr bool OF_EXPERTS = false;
+#else
+constexpr bool OF_EXPERTS = true;  // whose codes are swapped
+#endif
+
 // A warp's 32 rows of codes; `from` is the lane's first 16 bytes.
 template <class F> DEVICE const u8* lane_codes(const Weight& w, size_t row) {
     constexpr int CHUNKS = STEP_BYTES<F> / 16;
-    int lane = threadIdx.x & 31;
-    return w.codes + (row + lane / CHUNKS) * ((size_t)K * F::BITS / 8) + lane % CHUNKS * 16;
+    u32 lane = threadIdx.x & 31, chunk = OF_EXPERTS ? swapped<F>(lane % CHUNKS, lane / CHUNKS) : lane % CHUNKS;
+    return w.codes + (row + lane / CHUNKS) * ((size_t)K * F::BITS / 8) + chunk * 16;
 }
-template <class F> DEVICE void stage_codes(u8* to, const u8* from) {
+template <class F> DEVICE void stage_codes(u8* to, const u8* from, int step) {
     constexpr int CHUNKS = STEP_BYTES<F> / 16, ROWS_AT_ONCE = 32 / CHUNKS;
-    int lane = threadIdx.x & 31;
-    to += lane / CHUNKS * CODE_STRIDE<F> + lane % CHUNKS * 16;
+    int lane = threadIdx.x & 31, row = lane / CHUNKS, apart = 0;
+    to += row * CODE_STRIDE<F> + lane % CHUNKS * 16, from += step * STEP_BYTES<F>;
+    // of rows 4 .. 7 the halves of 8 chunks have changed places: those of two steps, or in every other copy those of one
+    if (OF_EXPERTS && CHUNKS == 4) from -= 2 * STEP_BYTES<F> * (step & row >> 2);
+    if (OF_EXPERTS && CHUNKS == 8) apart = lane & 4 ? -64 : 64;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++)
-        copy_async(to + i * ROWS_AT_ONCE * CODE_STRIDE<F>, from + i * ROWS_AT_ONCE * ((size_t)K * F::BITS / 8));
+        copy_async(to + i * ROWS_AT_ONCE * CODE_STRIDE<F>, from + i * ROWS_AT_ONCE * ((size_t)K * F::BITS / 8) + i % 2 * apart);
 }
 
 // The first `num_columns` columns, up to a multiple of 16 of them, and all columns' scales.
@@ -239,9 +248,9 @@ DEVICE void multiply_many(Totals& totals, const Weight& w0, const Weight& w1, si
     RowScales<F1> ahead1;
     auto stage_weights = [&](int step, u8* to) {
         if (is_first)
-            stage_codes<F0>(to + my_codes, from + step * STEP_BYTES<F0>);
+            stage_codes<F0>(to + my_codes, from, step);
         else
-            stage_codes<F1>(to + my_codes, from + step * STEP_BYTES<F1>);
+            stage_codes<F1>(to + my_codes, from, step);
     };
     auto stage_columns = [&](int step, u8* to) {
         stage_inputs(to + S::X, to + S::SCALES, codes, scales, rows, step, num_columns);

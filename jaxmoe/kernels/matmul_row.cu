@@ -73,8 +73,8 @@ KERNEL(THREADS, 1) NAME(const float* x, const float* norm, const int* ids, WEIGH
     __shared__ float sums[2 * Gate::TASKS], segment_sums[SEGMENTS];
     int first = blockIdx.x * ROWS;
     size_t row = ((size_t)stack_index() * MATRICES + ids[blockIdx.y]) * ROWS_0 + first;
-    copy_rows<FORMAT_0, Gate>(shared, GIVEN(0), row);
-    copy_rows<FORMAT_1, Up>(shared + Gate::SIZE, GIVEN(1), row);
+    copy_rows<FORMAT_0, Gate, true>(shared, GIVEN(0), row);
+    copy_rows<FORMAT_1, Up, true>(shared + Gate::SIZE, GIVEN(1), row);
     commit_copies();
     norm_row<K>(input, segment_sums, x, norm + (size_t)norm_layer() * K, EPS);
     wait_copies<0>();
@@ -99,7 +99,7 @@ KERNEL(THREADS, 1) NAME(const float* h, const int* ids, const float* weights, co
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = blockIdx.x * ROWS;
 #pragma unroll
     for (int j = 0; j < ACTIVE; j++)
-        copy_rows<FORMAT_0, Rows>(shared + j * Rows::SIZE, GIVEN(0), ((size_t)stack_index() * MATRICES + ids[j]) * ROWS_0 + first);
+        copy_rows<FORMAT_0, Rows, true>(shared + j * Rows::SIZE, GIVEN(0), ((size_t)stack_index() * MATRICES + ids[j]) * ROWS_0 + first);
     commit_copies();
     float before = 0, shares[ACTIVE], v[TURNS][8];
     if (threadIdx.x < ROWS) {

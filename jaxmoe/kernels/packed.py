@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 from jax import Array
 
-from jaxmoe.quants import QuantTensor, empty
+from jaxmoe.quants import QuantTensor, empty, swap_chunks
 
 SEGMENT = 256
 # Of random weights: products are then about as large as inputs, and minima take off half of the codes.
@@ -35,6 +35,16 @@ def has_row_kernels(*weights: QuantTensor) -> bool:
     return all(w.d is not None for w in weights)
 
 
+def reads_swapped(w: QuantTensor) -> bool:
+    """Whether the kernels read it `swapped`: experts' weights [n, E, N, K] of 4-bit or 8-bit codes."""
+    return w.codes.ndim == 4 and is_supported(w) and has_row_kernels(w)
+
+
+def as_read(w: QuantTensor) -> QuantTensor:
+    """A weight whose codes are not swapped, as the kernels read it."""
+    return replace(w, codes=swap_chunks(w.codes, 0, jnp), swapped=True) if reads_swapped(w) else w
+
+
 def format_macro(w: QuantTensor) -> str:
     """The type that reads the weight: `Format` of weights.cuh."""
     if w.d is None:
@@ -47,6 +57,7 @@ def format_macro(w: QuantTensor) -> str:
 
 def pointers(w: QuantTensor) -> list[Array]:
     """The arrays in the kernel's order; where one is absent the codes stand in and are not read."""
+    assert w.swapped == reads_swapped(w), "products of experts read swapped codes, no others do"
     return [w.codes if array is None else array for array in (w.codes, w.s, w.m, w.d, w.d_m)]
 
 
@@ -55,10 +66,11 @@ def code_bits(w: QuantTensor) -> int:
     return 8 * w.codes.dtype.itemsize if w.d is None else w.bits
 
 
-def shared_rows_size(w: QuantTensor, num_rows: int, pad: int) -> int:
+def shared_rows_size(w: QuantTensor, num_rows: int, pad: int, *, whole: bool = False) -> int:
     """Bytes of `num_rows` rows of a weight in shared memory: SharedRows of weights.cuh."""
     segments = w.shape[-1] // SEGMENT
-    size = segments * (SEGMENT * code_bits(w) // 8 + pad) + scale_size(w, segments)
+    pads = pad if whole else segments * pad
+    size = segments * SEGMENT * code_bits(w) // 8 + pads + scale_size(w, segments)
     return -(-num_rows * size // 16) * 16
 
 
@@ -79,7 +91,9 @@ def absent_weights(kinds: Sequence[GGMLType], shapes: Sequence[tuple[int, ...]])
         return []
     both = zip(kinds, shapes, strict=True)
     weights = [empty(kind, shape, "rows", new=jax.ShapeDtypeStruct) for kind, shape in both]
-    return weights if all(map(is_supported, weights)) else []
+    if not all(map(is_supported, weights)):
+        return []
+    return [replace(w, swapped=reads_swapped(w)) for w in weights]
 
 
 def with_fields(absent: Sequence[QuantTensor], fields: Fields) -> list[QuantTensor]:

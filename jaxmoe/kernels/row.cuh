@@ -48,36 +48,46 @@ template <int HEIGHT, int RUN, int STRIDE, int FIRST> DEVICE void copy_scales(u8
     });
 }
 
-// The rows of a weight from `row` on, to shared memory in the background.
-template <class F, class Rows> DEVICE void copy_rows(u8* to, const Weight& w, size_t row) {
-    constexpr u32 CHUNKS = F::BYTES / 16, A_ROW = Rows::NUM_SEGMENTS * CHUNKS, ALL = Rows::TASKS * CHUNKS;
-    constexpr int S = ALL, M = S + (F::S ? Rows::HEIGHT * Rows::S_RUN / 16 : 0);
+// The scales of a weight's rows from `row` on, to shared memory in the background. The first piece is thread FIRST's.
+template <class F, class Rows, int FIRST> DEVICE void copy_all_scales(u8* to, const Weight& w, size_t row) {
+    constexpr int M = FIRST + (F::S ? Rows::HEIGHT * Rows::S_RUN / 16 : 0);
     constexpr int D = M + (F::M ? Rows::HEIGHT * Rows::M_RUN / 16 : 0), D_M = D + Rows::HEIGHT * Rows::D_RUN / 16;
-    const u8* from = w.codes + row * (Rows::NUM_SEGMENTS * F::BYTES) + threadIdx.x * 16;
-    u32 first = Rows::at_codes(threadIdx.x / A_ROW, threadIdx.x % A_ROW / CHUNKS) + threadIdx.x % CHUNKS * 16;
-    spread<ALL, 0>([&](u32 n, u32 turn) {
-        u32 place = first + turn * (THREADS / A_ROW) * Rows::ROW_STRIDE;  // mostly whole rows apart
-        if constexpr (THREADS % A_ROW != 0) place = Rows::at_codes(n / A_ROW, n % A_ROW / CHUNKS) + n % CHUNKS * 16;
-        copy_async(to + place, from + turn * THREADS * 16);
-    });
-    if constexpr (F::S) copy_scales<Rows::HEIGHT, Rows::S_RUN, Rows::S_STRIDE, S>(to + Rows::AT_S, w.s, row);
+    if constexpr (F::S) copy_scales<Rows::HEIGHT, Rows::S_RUN, Rows::S_STRIDE, FIRST>(to + Rows::AT_S, w.s, row);
     if constexpr (F::M) copy_scales<Rows::HEIGHT, Rows::M_RUN, Rows::M_STRIDE, M>(to + Rows::AT_M, w.m, row);
     copy_scales<Rows::HEIGHT, Rows::D_RUN, Rows::D_STRIDE, D>(to + Rows::AT_D, w.d, row);
     if constexpr (F::D_M) copy_scales<Rows::HEIGHT, Rows::D_RUN, Rows::D_STRIDE, D_M>(to + Rows::AT_D_M, w.d_m, row);
 }
 
-// COUNT bytes to the L2 cache in the background, by all threads.
-template <int COUNT> DEVICE void fetch_bytes(const void* from) {
-    spread<(COUNT + 63) / 64, 0>([&](u32 n, u32) { fetch_to_cache((const u8*)from + n * 64); });
+// The rows of a weight from `row` on, to shared memory in the background. OF_EXPERTS: their codes are swapped.
+template <class F, class Rows, bool OF_EXPERTS = false> DEVICE void copy_rows(u8* to, const Weight& w, size_t row) {
+    constexpr u32 CHUNKS = F::BYTES / 16, A_ROW = Rows::NUM_SEGMENTS * CHUNKS, ALL = Rows::TASKS * CHUNKS;
+    const u8* from = w.codes + row * (Rows::NUM_SEGMENTS * F::BYTES);
+    u32 first = Rows::at_codes(threadIdx.x / A_ROW, threadIdx.x % A_ROW / CHUNKS) + threadIdx.x % CHUNKS * 16;
+    spread<ALL, 0>([&](u32 n, u32 turn) {
+        u32 place = first + turn * (THREADS / A_ROW) * Rows::ROW_STRIDE;  // mostly whole rows apart
+        if constexpr (THREADS % A_ROW != 0) place = Rows::at_codes(n / A_ROW, n % A_ROW / CHUNKS) + n % CHUNKS * 16;
+        u32 chunk = threadIdx.x, its_row = THREADS % A_ROW == 0 ? threadIdx.x / A_ROW + turn * (THREADS / A_ROW) : n / A_ROW;
+        if constexpr (OF_EXPERTS) chunk = swapped<F>(chunk, its_row);
+        copy_async(to + place, from + chunk * 16 + turn * THREADS * 16);
+    });
+    copy_all_scales<F, Rows, ALL>(to, w, row);
 }
 
-// What copy_rows will read, to the L2 cache.
-template <class F, class Rows> DEVICE void fetch_rows(const Weight& w, size_t row) {
-    fetch_bytes<Rows::TASKS * F::BYTES>(w.codes + row * (Rows::NUM_SEGMENTS * F::BYTES));
-    if constexpr (F::S) fetch_bytes<Rows::HEIGHT * Rows::S_RUN>(w.s + row * Rows::S_RUN);
-    if constexpr (F::M) fetch_bytes<Rows::HEIGHT * Rows::M_RUN>(w.m + row * Rows::M_RUN);
-    fetch_bytes<Rows::HEIGHT * Rows::D_RUN>((const u8*)w.d + row * Rows::D_RUN);
-    if constexpr (F::D_M) fetch_bytes<Rows::HEIGHT * Rows::D_RUN>((const u8*)w.d_m + row * Rows::D_RUN);
+// Whole rows are copied by one thread each, 8 at once where they lie without a gap: those of all warps in turn.
+DEVICE int spread_copy() { return (int)(threadIdx.x & 31) * WARPS + (int)(threadIdx.x >> 5); }
+template <class F, class Rows> constexpr u32 ROW_BYTES = Rows::NUM_SEGMENTS * F::BYTES;
+template <class F, class Rows> constexpr int ROWS_A_COPY = Rows::ROW_STRIDE == ROW_BYTES<F, Rows> ? 8 : 1;
+template <class F, class Rows> DEVICE void copy_codes(u8* to, const Weight& w, size_t row, u64* barrier) {
+    constexpr int SIZE = ROW_BYTES<F, Rows>, TOGETHER = ROWS_A_COPY<F, Rows>;
+    int n = spread_copy() * TOGETHER;
+    static_assert(Rows::HEIGHT <= THREADS && Rows::HEIGHT % TOGETHER == 0, "a copy a thread");
+    if (n < Rows::HEIGHT) copy_bulk(to + n * Rows::ROW_STRIDE, w.codes + (row + n) * SIZE, TOGETHER * SIZE, barrier);
+}
+// The same as copy_rows: the codes as they lie, by whole rows, which `barrier` waits for.
+template <class F, class Rows> DEVICE void start_rows(u8* to, const Weight& w, size_t row, u64* barrier) {
+    if (threadIdx.x == 0) expect_bulk(barrier, Rows::HEIGHT * ROW_BYTES<F, Rows>);
+    copy_codes<F, Rows>(to, w, row, barrier);
+    copy_all_scales<F, Rows, 0>(to, w, row);
 }
 
 // A row that has come as codes and scales; the codes are copied in the background.
@@ -156,6 +166,7 @@ template <int COUNT> DEVICE void put_segment(SharedRow<COUNT>& row, int segment,
 // One segment of one row of a weight in shared memory, and of inputs.
 struct Segment {
     SharedPlace codes, s, m, d, d_m, x, scales;
+    u32 swap;  // of the codes, in bytes: SharedRows
 };
 
 // Its sum. Inlined, or where DOT_CALLED is set a function: products that alternate then find its code in the nearest cache.
@@ -190,7 +201,7 @@ template <class F> struct Dot {
                 int block = 2 * pair + i;
                 float2 scale = scales[block];
                 int v[2];
-                dot(v, codes, x + block * 32, pair, i);
+                dot(v, codes, at.swap, x + block * 32, pair, i);
 #pragma unroll
                 for (int part = 0; part < (F::SPLIT ? 2 : 1); part++) {
                     float by = d_of(d, block) * (IN_PLACE && i == 1 ? 1.f / 16 : 1.f);
@@ -210,11 +221,12 @@ template <class F> struct Dot {
         return d * (SIGNED ? (float)(i8)byte : (float)byte);
     }
     // Sums of codes * inputs of block 2 * pair + i: of the two groups of 16 where the format has such, else in v[0].
-    METHOD static void dot(int (&v)[2], const u8* codes, const u8* x, int pair, int i) {
+    METHOD static void dot(int (&v)[2], const u8* codes, u32 swap, const u8* x, int pair, int i) {
         v[0] = v[1] = 0;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            uint4 c = *(const uint4*)(codes + (F::BITS == 4 ? pair * 32 : (2 * pair + i) * 32) + 16 * half);
+            u32 place = (F::BITS == 4 ? pair * 32 : (2 * pair + i) * 32) + 16 * half;
+            uint4 c = *(const uint4*)(codes + (place ^ swap));
             uint4 b = *(const uint4*)(x + 16 * half);
             int& to = v[F::SPLIT ? half : 0];
             to = add_four(to, c.x, b.x, i);
@@ -231,7 +243,7 @@ template <class F> struct Dot {
 
 // The segment of a task, whose row it returns. Where rows lie side by side, neighbours share the inputs that they read.
 template <class Rows> DEVICE int row_of(int task, int& segment) {
-    constexpr bool BY_SEGMENT = Rows::ROW_STRIDE == Rows::CODE_STRIDE;
+    constexpr bool BY_SEGMENT = Rows::BY_SEGMENT;
     segment = BY_SEGMENT ? task / Rows::HEIGHT : task % Rows::NUM_SEGMENTS;
     return BY_SEGMENT ? task % Rows::HEIGHT : task / Rows::NUM_SEGMENTS;
 }
@@ -242,7 +254,7 @@ DEVICE float multiply_segment(const u8* from, int row, int segment, SharedRow<CO
     const u8 *s = from + Rows::at_s(row, segment), *m = from + Rows::at_m(row, segment), *d_m = from + Rows::at_d_m(row, segment);
     return Dot<F>::multiply({place_in_shared(from + Rows::at_codes(row, segment)), place_in_shared(s), place_in_shared(m),
                              place_in_shared(from + Rows::at_d(row, segment)), place_in_shared(d_m),
-                             place_in_shared(input.codes_of(input_segment)), place_in_shared(input.scales_of(input_segment))});
+                             place_in_shared(input.codes_of(input_segment)), place_in_shared(input.scales_of(input_segment)), Rows::swap(row)});
 }
 
 // The products of all rows and segments of Rows, and of as many inputs: a sum for each task.
@@ -256,7 +268,7 @@ template <class F, class Rows> DEVICE void multiply_rows(float* sums, const u8* 
 
 // A row's, from the sums of the tasks.
 template <class Rows> DEVICE float total(const float* sums, int row) {
-    constexpr bool BY_SEGMENT = Rows::ROW_STRIDE == Rows::CODE_STRIDE;
+    constexpr bool BY_SEGMENT = Rows::BY_SEGMENT;
     sums += BY_SEGMENT ? row : row * Rows::NUM_SEGMENTS;
     float sum = sums[0];
 #pragma unroll

@@ -20,6 +20,10 @@ struct Format {
     static_assert(!SPLIT || !D_M, "groups of 16 have no minimum here");
 };
 
+// Codes of experts lie swapped in memory, but for floats: of 8 chunks of 16 bytes of row r, chunk c is at c ^ r % 8. Rows
+// are counted from any multiple of 8 on.
+template <class F> DEVICE u32 swapped(u32 chunk, u32 row) { return F::HALF ? chunk : chunk ^ (row & 7); }
+
 template <class A, class B> constexpr bool IS_SAME = false;
 template <class A> constexpr bool IS_SAME<A, A> = true;
 
@@ -226,52 +230,51 @@ struct PairTile {
 #endif
 
 // NUM rows of a weight, COUNT segments each, in shared memory: codes by row and segment (or by segment and row) with PAD
-// bytes between, which keep the banks apart; then s, m, d and d_m row by row.
-template <class F, int COUNT, int NUM, bool BY_SEGMENT, int PAD> struct SharedRows {
-    static constexpr int HEIGHT = NUM, NUM_SEGMENTS = COUNT, TASKS = NUM * COUNT, CODE_STRIDE = F::BYTES + PAD;
-    static constexpr int ROW_STRIDE = BY_SEGMENT ? CODE_STRIDE : COUNT * CODE_STRIDE;  // from a row to the next
+// bytes between, which keep the banks apart; then s, m, d and d_m row by row. Of WHOLE rows the codes lie without a gap.
+// SWAPPED: of 8 chunks of 16 bytes of row r's codes, chunk c is at c ^ r % 8, so that PAD can be 0.
+template <class F, int COUNT, int NUM, bool BY_SEGMENT_, int PAD, bool WHOLE = false, bool SWAPPED = false> struct SharedRows {
+    static constexpr bool BY_SEGMENT = BY_SEGMENT_;  // neighbouring lanes multiply rows of one segment
+    static constexpr int HEIGHT = NUM, NUM_SEGMENTS = COUNT, TASKS = NUM * COUNT, CODE_STRIDE = F::BYTES + (WHOLE ? 0 : PAD);
+    static constexpr bool APART = BY_SEGMENT && !WHOLE;  // a row's segments lie
+    static constexpr int ROW_STRIDE = APART ? CODE_STRIDE : COUNT * CODE_STRIDE + (WHOLE ? PAD : 0);  // from a row to the next
     static constexpr int S = F::SPLIT ? 16 : 8, D = (F::BLOCK == SEGMENT ? 1 : 8) * (F::WIDE_D ? 4 : 2);  // bytes a segment
     static constexpr int stride(int size) { return size % 32 == 0 ? size + 16 : size; }
     static constexpr int S_RUN = COUNT * S, M_RUN = COUNT * 8, D_RUN = COUNT * D;  // bytes of a row
     static constexpr int S_STRIDE = stride(S_RUN), M_STRIDE = stride(M_RUN), D_STRIDE = stride(D_RUN);
-    static constexpr int AT_S = TASKS * CODE_STRIDE, AT_M = AT_S + (F::S ? NUM * S_STRIDE : 0);
+    static constexpr int AT_S = APART ? TASKS * CODE_STRIDE : NUM * ROW_STRIDE, AT_M = AT_S + (F::S ? NUM * S_STRIDE : 0);
     static constexpr int AT_D = AT_M + (F::M ? NUM * M_STRIDE : 0), AT_D_M = AT_D + (F::HALF ? 0 : NUM * D_STRIDE);
     static constexpr int SIZE = (AT_D_M + (F::D_M ? NUM * D_STRIDE : 0) + 15) / 16 * 16;
 
     static constexpr int SCALE_SIZE = F::HALF ? 0 : TASKS * ((F::S ? S : 0) + (F::M ? 8 : 0) + D * (F::D_M ? 2 : 1));  // bytes in the file
 
     METHOD static int at_codes(int row, int segment) {
-        return (BY_SEGMENT ? segment * NUM + row : row * COUNT + segment) * CODE_STRIDE;
+        return row * ROW_STRIDE + segment * (APART ? NUM : 1) * CODE_STRIDE;
     }
+    METHOD static u32 swap(int row) { return SWAPPED ? (u32)(row & 7) * 16 : 0; }
     METHOD static int at_s(int row, int segment) { return AT_S + row * S_STRIDE + segment * S; }
     METHOD static int at_m(int row, int segment) { return AT_M + row * M_STRIDE + segment * 8; }
     METHOD static int at_d(int row, int segment) { return AT_D + row * D_STRIDE + segment * D; }
     METHOD static int at_d_m(int row, int segment) { return AT_D_M + row * D_STRIDE + segment * D; }
 };
 
-// The copy of such rows to shared memory in the background. What a thread copies is found once, so that a copy costs few
-// instructions.
-template <class F, class Rows, int COPIERS = THREADS> struct RowsCopy {  // COPIERS threads share the work
-    static constexpr int CHUNKS = F::BYTES / 16, A_ROW = Rows::NUM_SEGMENTS * CHUNKS, ALL = Rows::TASKS * CHUNKS;
-    static constexpr int PIECES = (Rows::SCALE_SIZE / 16 + COPIERS - 1) / COPIERS;  // of the scales, a thread
+// The copy of such rows' scales to shared memory in the background. What a thread copies is found once, so that a copy costs
+// few instructions.
+template <class F, class Rows> struct ScalesCopy {
+    static constexpr int PIECES = (Rows::SCALE_SIZE / 16 + THREADS - 1) / THREADS;  // a thread
     struct Piece {
         const u8* from;
         int run, to;  // run: bytes of a row; 0 where there is no piece
     };
-    const u8* codes;
-    int codes_to;
-    Piece pieces[PIECES > 0 ? PIECES : 1];
+    Piece pieces[PIECES];
 
-    int thread;
-
-    METHOD RowsCopy(const Weight& w, int thread_) : codes(w.codes + thread_ * 16), codes_to(place(thread_)), thread(thread_) {
+    METHOD ScalesCopy(const Weight& w, int thread) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            int left = thread + i * COPIERS;
+            int left = thread + i * THREADS;
             pieces[i] = Piece{nullptr, 0, 0};
             if constexpr (F::S) add<Rows::S_RUN, Rows::S_STRIDE>(pieces[i], w.s, Rows::AT_S, left);
             if constexpr (F::M) add<Rows::M_RUN, Rows::M_STRIDE>(pieces[i], w.m, Rows::AT_M, left);
-            if constexpr (!F::HALF) add<Rows::D_RUN, Rows::D_STRIDE>(pieces[i], w.d, Rows::AT_D, left);
+            add<Rows::D_RUN, Rows::D_STRIDE>(pieces[i], w.d, Rows::AT_D, left);
             if constexpr (F::D_M) add<Rows::D_RUN, Rows::D_STRIDE>(pieces[i], w.d_m, Rows::AT_D_M, left);
         }
     }
@@ -283,24 +286,8 @@ template <class F, class Rows, int COPIERS = THREADS> struct RowsCopy {  // COPI
             piece = Piece{(const u8*)array + left * 16, RUN, at + left / COUNT * (RUN == STRIDE ? 0 : STRIDE) + left % COUNT * 16};
         left -= HERE;
     }
-    METHOD static int place(int chunk) {
-        int task = chunk / CHUNKS;
-        return Rows::at_codes(task / Rows::NUM_SEGMENTS, task % Rows::NUM_SEGMENTS) + chunk % CHUNKS * 16;
-    }
-    // Start the copy of the rows from `row` on.
+    // Start the copy of those of the rows from `row` on.
     METHOD void start(u8* to, size_t row) const {
-        const u8* p = codes + row * (Rows::NUM_SEGMENTS * F::BYTES);
-        u8* here = to + codes_to;
-#pragma unroll 8  // all at once, the addresses would not fit the registers
-        for (int i = 0; i < (ALL + COPIERS - 1) / COPIERS; i++) {
-            // mostly a thread's pieces lie whole rows apart
-            if (COPIERS % A_ROW != 0) here = to + place(thread + i * COPIERS);
-            if (ALL % COPIERS == 0 || i * COPIERS + thread < ALL) copy_async(here, p);
-            here += COPIERS / A_ROW * Rows::ROW_STRIDE, p += COPIERS * 16;
-        }
-        start_scales(to, row);
-    }
-    METHOD void start_scales(u8* to, size_t row) const {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
             if (pieces[i].run) copy_async(to + pieces[i].to, pieces[i].from + row * pieces[i].run);
