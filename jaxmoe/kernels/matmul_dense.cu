@@ -285,7 +285,7 @@ template <class F, int NUM> DEVICE void copy_codes(const Stack<NUM>& stack, int 
 }
 
 // The scales of the weights, on their way through registers: a thread takes rows r and r + 8 of a tile's segment.
-template <class F> struct ScalesCopy {
+template <class F> struct BlockScales {
     static constexpr int TILES = Layout<F>::TILES, TASKS = TILES * 8 * SEGMENTS, NUM = (TASKS + THREADS - 1) / THREADS;
     RowScales<F, 8> kept[NUM][2];
 
@@ -415,7 +415,7 @@ template <class F, int NUM> DEVICE void multiply(const Stack<NUM>& stack, int ro
         copy_pieces<K, STEP>(shared + Place::AT_STAGES + step % STAGES * PIECES_SIZE, (const u8*)codes + step * STEP, column0);
     };
     int number = threadIdx.x == 0 ? count[0] : 0;
-    typename Either<F::HALF == 0, ScalesCopy<F>, NoScales<F>>::Type factors;
+    typename Either<F::HALF == 0, BlockScales<F>, NoScales<F>>::Type factors;
     factors.read(stack, row);
     copy_pieces<K / 4, SCALES>(shared, (const u8*)scales, column0);
     copy_codes<F>(stack, row);
