@@ -202,3 +202,18 @@ def test_a_gpu_on_which_it_cannot_run_is_told_so(monkeypatch):
     monkeypatch.setattr(ptx, "shared_limit", lambda: ptx.SMALL_SHARED)
     with pytest.raises(ptx.KernelError, match=r"takes \d+ bytes of shared memory, the GPU has 101376"):
         list(experts.variants(real_config()))
+
+
+@pytest.mark.parametrize("down", [G.Q4_K, G.Q6_K, G.Q5_1])
+@pytest.mark.parametrize("limit", [232448, 166912])
+@pytest.mark.parametrize("num_layers", [48, 94])
+def test_the_launch_number_of_the_last_layer_fits(
+    num_layers: int, limit: int, down: G, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptx, "shared_limit", lambda: limit)
+    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 132)
+    wide, narrow = (num_layers, 128, 768, 2048), (num_layers, 128, 2048, 768)
+    weights = packed.absent_weights((G.Q4_K, G.Q4_K, down), (wide, wide, narrow))
+    for num_rows in (8, 64):
+        launch = experts._launch(num_rows, weights, real_config())
+        assert launch.shared_size + num_layers**2 - 1 + matmul._STATIC_SIZE <= limit
