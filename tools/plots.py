@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +144,9 @@ def read_step(document: Mapping[str, Any], file: str) -> StepTimes:
     parts = sorted(steps[0]["parts"], key=lambda part: -part["microseconds"])
     bars = [_bar(part) for part in parts if part["microseconds"] >= LEAST_SHARE * span]
     if rest := [part["microseconds"] for part in parts[len(bars) :]]:
-        bars.append(Bar(f"{len(rest)} smaller parts", sum(rest)))
-    between = span - sum(part["microseconds"] for part in parts)
+        bars.append(Bar(f"{len(rest)} smaller parts", fsum(rest)))
+    # fsum: sum() rounds otherwise from Python 3.12 on, and the digest would be another
+    between = span - fsum(part["microseconds"] for part in parts)
     if between > 0:
         bars.append(Bar("between kernels", between))
     caption = (
