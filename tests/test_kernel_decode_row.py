@@ -40,15 +40,9 @@ OTHERS = Kinds(G.IQ4_XS, G.Q5_K, G.Q3_K, (G.Q8_0,), (G.Q4_1, G.Q4_0), (G.MXFP4, 
 def make_weights(config, kinds=MIXTURE):
     """Random weights; of two kinds, the layers have one and the other in turn, beginning with the second."""
     layers = range(config.num_layers)
-    heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     experts, d_model = config.num_experts, config.d_model
-    shapes = {
-        "output": (d_model, heads), "gate": (experts, config.expert_width, d_model),
-        "up": (experts, config.expert_width, d_model), "down": (experts, d_model, config.expert_width),
-        "q": (heads, d_model), "k": (kv_heads, d_model), "v": (kv_heads, d_model),
-    }  # fmt: skip
     stacks = {}
-    for i, (name, shape) in enumerate(shapes.items()):
+    for i, (name, shape) in enumerate(decode_row.shapes_of(config).items()):
         own = getattr(kinds, name)
         own = own if isinstance(own, tuple) else (own,)
         turns = [tuple(layers)[::-1][j :: len(own)][::-1] for j in range(len(own))][::-1]

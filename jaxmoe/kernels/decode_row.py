@@ -338,13 +338,8 @@ def _absent(*shape: int) -> Any:
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """A layer's products by name."""
-    heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-    experts, width, d_model = config.num_experts, config.expert_width, config.d_model
-    return {
-        "output": (d_model, heads), "gate": (experts, width, d_model), "up": (experts, width, d_model),
-        "down": (experts, d_model, width), "q": (heads, d_model), "k": (kv_heads, d_model),
-        "v": (kv_heads, d_model),
-    }  # fmt: skip
+    axes = {"output": "DN", "gate": "EFD", "up": "EFD", "down": "EDF", "q": "ND", "k": "KD", "v": "KD"}
+    return {name: config.weight_shape(letters) for name, letters in axes.items()}
 
 
 def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:

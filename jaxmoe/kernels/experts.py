@@ -18,7 +18,7 @@ from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import matmul, packed, ptx, router
 from jaxmoe.kernels.comparison import Comparison
 from jaxmoe.kernels.matmul import FEW_ROWS, FEW_TILE, Defines, Launch, Variant
-from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_shapes, rounded_values
+from jaxmoe.kernels.rounding import Rounded, readable, round_rows, rounded_shapes, rounded_values
 from jaxmoe.quants import QuantTensor
 
 FILE = "experts.cu"
@@ -220,14 +220,14 @@ def _comparison(
     def kernel(fields: packed.Fields, x: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         weights, progress = packed.with_fields(absent, fields), _progress(x.shape[0], config)
         hidden, y = run(round_rows(x), ids, count, progress, weights, config=config, **places)
-        return (*matmul._readable(hidden), y)
+        return (*readable(hidden), y)
 
     def rounded_twin(fields: packed.Fields, x: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         weights = packed.with_fields(absent, fields)
         h, _ = twin(rounded_values(round_rows(x)), ids, weights, **places)
         hidden = round_rows(h)
         y = matmul.down_twin(rounded_values(hidden), weights[2], ids, index=matmul._AT)
-        return (*matmul._readable(hidden), y)
+        return (*readable(hidden), y)
 
     def float_twin(fields: packed.Fields, x: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h, y = twin(x, ids, packed.with_fields(absent, fields), **places)

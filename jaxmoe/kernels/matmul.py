@@ -31,7 +31,7 @@ from jaxmoe.kernels.packed import (
     shared_rows_size,
     with_fields,
 )
-from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_shapes, rounded_values
+from jaxmoe.kernels.rounding import Rounded, readable, round_rows, rounded_shapes, rounded_values
 from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
 from jaxmoe.quants import QuantTensor, dequantise
 
@@ -502,22 +502,20 @@ def _grouped_launches(config: ModelConfig) -> Iterator[Launch]:
 
 
 def _qkv_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    return [(_STACK, n * config.head_dim, config.d_model) for n in heads]
+    return [(_STACK, *config.weight_shape(axes)) for axes in ("ND", "KD", "KD")]
 
 
 def _out_shape(config: ModelConfig) -> tuple[int, ...]:
-    return _STACK, config.d_model, config.num_heads * config.head_dim
+    return _STACK, *config.weight_shape("DN")
 
 
 def _head_shape(config: ModelConfig) -> tuple[int, ...]:
-    return 1, config.vocab_size, config.d_model
+    return 1, *config.weight_shape("VD")
 
 
 def _expert_shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Gate's or up's, and down's."""
-    lead = _STACK, config.num_experts
-    return (*lead, config.expert_width, config.d_model), (*lead, config.d_model, config.expert_width)
+    return (_STACK, *config.weight_shape("EFD")), (_STACK, *config.weight_shape("EDF"))
 
 
 def _absent(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -644,7 +642,7 @@ def _gate_up_comparison(
         if isinstance(inputs, Row):
             return (gate_up_of_row(inputs, gate, up, ids, index=_AT),)
         groups = _groups(ids, count, config)
-        return _readable(gate_up(inputs, gate, up, groups, experts_per_token=active, index=_AT))
+        return readable(gate_up(inputs, gate, up, groups, experts_per_token=active, index=_AT))
 
     def plain(fields: Fields, x: Array, ids: Array) -> Array:
         gate, up = with_fields(absent, fields)
@@ -652,7 +650,7 @@ def _gate_up_comparison(
 
     def twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h = plain(fields, _rounded_twin(x, norm, eps), ids)
-        return (h,) if num_rows == 1 else _readable(round_rows(h))
+        return (h,) if num_rows == 1 else readable(round_rows(h))
 
     def float_twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h = plain(fields, _float_twin(x, norm, eps), ids)
@@ -717,10 +715,6 @@ def _rounded_twin(x: Array, norm: Array, eps: float | None) -> Array:
 
 def _float_twin(x: Array, norm: Array, eps: float | None) -> Array:
     return x if eps is None else rms_norm(x, norm[_AT], eps)
-
-
-def _readable(rounded: Rounded) -> tuple[Array, Array]:
-    return rounded_values(rounded), rounded.scales[..., 1]
 
 
 def _groups(ids: Array, count: Array, config: ModelConfig) -> Groups:

@@ -41,3 +41,8 @@ def rounded_values(rounded: Rounded) -> Array:
     """The activations [T, K] that the codes mean, float32."""
     groups = rounded.codes.reshape(*rounded.scales.shape[:2], GROUP).astype(jnp.float32)
     return (groups * rounded.scales[..., :1]).reshape(rounded.codes.shape)
+
+
+def readable(rounded: Rounded) -> tuple[Array, Array]:
+    """What rounded rows mean, to be compared with others: values [T, K], and sums of 32 [T, K/32]."""
+    return rounded_values(rounded), rounded.scales[..., 1]

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx
 from jaxmoe.kernels.comparison import Comparison
-from jaxmoe.kernels.rounding import Rounded, rounded_shapes, rounded_values
+from jaxmoe.kernels.rounding import Rounded, readable, rounded_shapes
 from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
 
 FILE: Final = "router.cu"
@@ -274,14 +274,14 @@ def _route_comparison(config: ModelConfig, rng: np.random.Generator, rows: int) 
         routed = route(*arrays, config=config, layer=layer, index=index)
         if routed.inputs is None or routed.zeros is None:
             return routed[:3]
-        return (*routed[:3], *_readable(routed.inputs), routed.zeros)
+        return (*routed[:3], *readable(routed.inputs), routed.zeros)
 
     def twin(x: Array, norm: Array, w: Array, count: Array, counters: Array) -> tuple[Array, ...]:
         routed = route_twin(x, norm, w, count, counters, config=config, layer=layer, index=index)
         if not makes_norms(rows):
             return routed
         normed = norm_quantise_twin(x, norm, count, eps=config.norm_eps, layer=layer)
-        return (*routed, *_readable(Rounded(*normed)), jnp.zeros(1, jnp.int32))
+        return (*routed, *readable(Rounded(*normed)), jnp.zeros(1, jnp.int32))
 
     def random(*shape: int) -> Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32))
@@ -290,10 +290,6 @@ def _route_comparison(config: ModelConfig, rng: np.random.Generator, rows: int) 
     norm = random(config.num_layers, config.d_model)
     scaled = w * jnp.float32(config.d_model**-0.5)
     return Comparison(f"route, {rows} rows", kernel, twin, None, (x, norm, scaled, _count(rows), _counters()))
-
-
-def _readable(inputs: Rounded) -> tuple[Array, Array]:
-    return rounded_values(inputs), inputs.scales[..., 1]
 
 
 def _group_comparison(config: ModelConfig, rng: np.random.Generator, rows: int, tile: int) -> Comparison:

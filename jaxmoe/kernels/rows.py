@@ -17,7 +17,7 @@ from jax import Array
 from jaxmoe.config import ModelConfig
 from jaxmoe.kernels import ptx
 from jaxmoe.kernels.comparison import Comparison
-from jaxmoe.kernels.rounding import GROUP, Rounded, round_rows, rounded_shapes, rounded_values
+from jaxmoe.kernels.rounding import GROUP, Rounded, readable, round_rows, rounded_shapes
 
 FILE: Final = "rows.cu"
 SEGMENT: Final = 256
@@ -126,10 +126,10 @@ def _norm_comparison(config: ModelConfig, rng: np.random.Generator, rows: int) -
     eps, layer = config.norm_eps, config.num_layers - 1
 
     def kernel(*arrays: Array) -> tuple[Array, Array]:
-        return _readable(*norm_quantise(*arrays, eps=eps, layer=layer))
+        return readable(Rounded(*norm_quantise(*arrays, eps=eps, layer=layer)))
 
     def twin(*arrays: Array) -> tuple[Array, Array]:
-        return _readable(*norm_quantise_twin(*arrays, eps=eps, layer=layer))
+        return readable(Rounded(*norm_quantise_twin(*arrays, eps=eps, layer=layer)))
 
     def float_twin(x: Array, norm: Array, count: Array) -> tuple[Array, Array]:
         return _with_sums(rms_norm(x, norm[layer], eps))
@@ -144,11 +144,11 @@ def _combine_comparison(config: ModelConfig, rng: np.random.Generator, rows: int
 
     def kernel(*arrays: Array) -> tuple[Array, ...]:
         out, *rounded = combine(*arrays, eps=eps, layer=layer)
-        return (out, *_readable(*rounded))
+        return (out, *readable(Rounded(*rounded)))
 
     def twin(*arrays: Array) -> tuple[Array, ...]:
         out, *rounded = combine_twin(*arrays, eps=eps, layer=layer)
-        return (out, *_readable(*rounded))
+        return (out, *readable(Rounded(*rounded)))
 
     def float_twin(x: Array, y: Array, weights: Array, norm: Array, count: Array) -> tuple[Array, ...]:
         out = _combined(x, y, weights)
@@ -158,10 +158,6 @@ def _combine_comparison(config: ModelConfig, rng: np.random.Generator, rows: int
     x, y = _random(rng, rows, width), _random(rng, rows * per_token, width)
     arrays = (x, y, weights, _random_norm(config, rng), _count(rows))
     return Comparison(f"combine, {rows} rows", kernel, twin, float_twin, arrays)
-
-
-def _readable(codes: Array, scales: Array) -> tuple[Array, Array]:
-    return rounded_values(Rounded(codes, scales)), scales[..., 1]
 
 
 def _with_sums(values: Array) -> tuple[Array, Array]:
