@@ -122,11 +122,14 @@ DEVICE void expect_bulk(u64* barrier, u32 size) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(size) : "memory");
 }
 constexpr int BULK_COPIERS = 1;  // lanes of a warp that are worth sharing a copy
-// `size` bytes, all multiples of 16, from global to shared memory in the background.
+// `size` bytes, all multiples of 16, from global to shared memory in the background. They are weights, read once a step: they
+// leave the L2 cache before what kernels hand each other.
 DEVICE void copy_bulk(void* shared, const void* global, u32 size, u64* barrier, int = 0, int = 1) {
     u32 to = (u32)__cvta_generic_to_shared(shared), by = (u32)__cvta_generic_to_shared(barrier);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(global),
-                 "r"(size), "r"(by)
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(global), "r"(size), "r"(by), "l"(policy)
                  : "memory");
 }
 DEVICE bool is_bulk_there(u64* barrier, u32 parity) {
