@@ -407,6 +407,14 @@ def test_thinking_that_comes_apart(tab: Tab) -> None:
     assert tab.text == "Yes </think>"
 
 
+def test_an_answer_that_only_begins_like_a_tag(tab: Tab) -> None:
+    answer_with(tab, {"choices": [{"index": 0, "delta": {"content": "<"}}]}, FINISH)
+    tab.ask_and_wait("less than")
+    assert tab.text == "<"
+    tab.ask_and_wait("next")
+    assert [m["content"] for m in tab.bodies[-1]["messages"]] == ["less than", "<", "next"]
+
+
 # What goes into a request.
 
 

@@ -221,7 +221,7 @@ async function answer() {
 function history(system) {
   const told = chat.messages.map((message) => ({
     role: message.role,
-    content: message.role === "user" ? message.content : splitThinking(message, message).answer,
+    content: message.role === "user" ? message.content : splitThinking(message, { ...message, isWhole: true }).answer,
   }));
   return [...(system ? [{ role: "system", content: system }] : []), ...told.filter(({ content }) => content)];
 }

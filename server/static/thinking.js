@@ -8,13 +8,14 @@ const CLOSE = "</think>";
  *
  * A server may send thinking apart (`reasoning_content`); otherwise it is what stands in <think> at the
  * start of the content. Some templates write the opening tag themselves, so that the content begins in
- * thinking (`startsInside`), or only a closing tag tells so; with `mayThink` false such a tag is text.
+ * thinking (`startsInside`), or only a closing tag tells so; with `mayThink` false such a tag is text. Until the
+ * message `isWhole`, what may become an opening tag is held back.
  */
-export function splitThinking({ reasoning = "", content = "" }, { startsInside = false, mayThink = true } = {}) {
+export function splitThinking({ reasoning = "", content = "" }, { startsInside = false, mayThink = true, isWhole = false } = {}) {
   if (reasoning) return { thinking: reasoning.trim(), answer: content.trimStart(), isThinking: !content };
   const text = content.trimStart();
   const isOpened = text.startsWith(OPEN);
-  if (!isOpened && text && OPEN.startsWith(text)) return { thinking: "", answer: "", isThinking: true };
+  if (!isOpened && !isWhole && text && OPEN.startsWith(text)) return { thinking: "", answer: "", isThinking: true };
   const close = isOpened || mayThink ? text.indexOf(CLOSE) : -1;
   const start = isOpened ? OPEN.length : 0;
   if (close >= 0) {

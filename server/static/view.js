@@ -85,10 +85,10 @@ function answerView(message, acts) {
   const tools = element("div", { class: "tools" }, copyButton("Copy the answer", () => parts().answer), regenerate, stats);
   const shown = element("article", { class: "message assistant", "aria-label": "Answer" }, wait, thinking, answer, note, error, tools);
 
-  const parts = () => splitThinking(message, message);
+  const parts = (run) => splitThinking(message, { ...message, isWhole: !run });
 
   function update(run) {
-    const { thinking: thoughts, answer: text, isThinking } = parts();
+    const { thinking: thoughts, answer: text, isThinking } = parts(run);
     shown.classList.toggle("running", Boolean(run));
     shown.setAttribute("aria-busy", String(Boolean(run)));
     wait.hidden = !run || run.firstAt !== null;
