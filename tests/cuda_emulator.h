@@ -119,8 +119,20 @@ struct Fiber {
     Wait wait;
     int line;
     const char* file;
-    int groups;  // committed
+    int groups;    // committed
+    int arrivals;  // at its cluster's barrier
     std::vector<Copy> copies;
+};
+
+struct Mail {  // what another block copies here
+    void* to;
+    const void* barrier;
+    std::vector<char> bytes;
+    bool is_there = false;
+};
+struct Cluster {  // one a block; `arrived` counts in the first of a cluster
+    long arrived = 0;
+    std::vector<Mail> mail;
 };
 
 struct Warp {
@@ -172,6 +184,7 @@ EMULATOR_STATE Launch* launch = nullptr;
 EMULATOR_STATE uint32_t ready_warps = 0;
 EMULATOR_STATE int num_threads = 0, num_at_barrier = 0, num_returned = 0, num_at_blocks = 0;
 EMULATOR_STATE int num_steps = 0;  // that blocks made beside waiting for each other
+EMULATOR_STATE std::vector<Cluster>* clusters = nullptr;
 EMULATOR_STATE bool failed = false;
 EMULATOR_STATE pthread_t runner = 0;
 EMULATOR_STATE char* fault_address = nullptr;
@@ -359,7 +372,7 @@ static void fiber_main() {
 static void prepare_fiber(int i, int place) {
     Fiber& fiber = fibers[i];
     fiber.index = i, fiber.warp = i / 32, fiber.lane = i % 32;
-    fiber.parity = 0, fiber.wait = RUNNING, fiber.groups = 0;
+    fiber.parity = 0, fiber.wait = RUNNING, fiber.groups = 0, fiber.arrivals = 0;
     fiber.copies.clear();
     void** top = (void**)((uintptr_t)(launch->stacks + ((long)place * num_threads + i + 1) * STACK_SIZE - 64) & ~(uintptr_t)15);
     *--top = nullptr;  // where fiber_main would return to
@@ -606,6 +619,8 @@ static bool run(Launch* now) {
         if (!written) mprotect(memories[i].base + PAGE, memories[i].pages * PAGE, PROT_READ);
     }
     parameters = pointers.data();
+    std::vector<Cluster> all_clusters((size_t)launch->grid[0] * launch->grid[1]);
+    clusters = &all_clusters;
     with_fault_handler(run_grid);
     if (fault_address || launch->code_address) say_fault(memories);
     if (!failed) check_guards(memories);
@@ -811,6 +826,47 @@ static inline double max(double x, double y) { return fmax(x, y); }
 
 // ---------------------------------------------------------------- what common.cuh has as assembly
 static inline void let_others_run(EMULATOR_CALLER) { emulator::wait_for_blocks(line, file); }
+// Clusters of X * Y blocks, two at most. What one copies to the other lies there when that one has waited for it.
+constexpr bool HAS_CLUSTERS = true;
+namespace emulator {
+static inline Cluster& cluster(unsigned x, unsigned y) { return clusters->at((size_t)y * gridDim.x + x); }
+template <int X, int Y> static inline Cluster& first_of_cluster() {
+    if (gridDim.x % X || gridDim.y % Y) EMULATOR_FAIL("a grid that is not made of whole clusters");
+    return cluster(blockIdx.x / X * X, blockIdx.y / Y * Y);
+}
+static inline void send(Cluster& to, void* shared, const void* bytes, size_t size, const void* barrier) {
+    if (((uintptr_t)shared & 15) || size % 16 || !is_shared(shared, size)) EMULATOR_FAIL("a copy to another block takes aligned bytes of shared memory");
+    to.mail.push_back({shared, barrier, std::vector<char>((const char*)bytes, (const char*)bytes + size)});
+    num_steps++;
+}
+}  // namespace emulator
+template <int X, int Y> static inline void arrive_in_cluster() {
+    emulator::first_of_cluster<X, Y>().arrived++, emulator::running->arrivals++, emulator::num_steps++;
+}
+template <int X, int Y> static inline void wait_in_cluster(EMULATOR_CALLER) {
+    while (emulator::first_of_cluster<X, Y>().arrived < (long)emulator::running->arrivals * X * Y * emulator::num_threads)
+        emulator::wait_for_blocks(line, file);
+}
+template <int X, int Y> static inline void copy_bulk_to_both(void* shared, const void* global, uint32_t size, unsigned long long* barrier) {
+    if (emulator::running->lane) return;
+    memcpy(shared, global, size);
+    emulator::send(emulator::cluster(blockIdx.x ^ (X - 1), blockIdx.y ^ (Y - 1)), shared, global, size, barrier);
+}
+static inline void copy_bulk_to_next(void* shared, uint32_t size, unsigned long long* barrier) {
+    emulator::send(emulator::cluster(blockIdx.x + 1, blockIdx.y), shared, shared, size, barrier);
+}
+static inline void wait_bulk_of_other(unsigned long long* barrier, uint32_t size, EMULATOR_CALLER) {
+    std::vector<emulator::Mail>& mail = emulator::cluster(blockIdx.x, blockIdx.y).mail;
+    while (true) {
+        size_t there = 0;
+        for (const emulator::Mail& one : mail) there += one.barrier == barrier ? one.bytes.size() : 0;
+        if (there > size) EMULATOR_FAIL("%d bytes from another block in %s:%d, not %d", (int)there, emulator::base_name(file), line, (int)size);
+        if (there == size) break;
+        emulator::wait_for_blocks(line, file);
+    }
+    for (emulator::Mail& one : mail)
+        if (one.barrier == barrier && !one.is_there) memcpy(one.to, one.bytes.data(), one.bytes.size()), one.is_there = true;
+}
 static inline uint32_t dynamic_shared_size() { return emulator::launch->shared_size + emulator::launch->number; }
 static inline float half_to_float(unsigned short bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;

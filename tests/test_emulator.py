@@ -26,6 +26,9 @@ SOURCE = """
 #ifndef WAIT
 #define WAIT 1
 #endif
+#ifndef SENT
+#define SENT 16
+#endif
 #ifndef SILENT
 #define SILENT -1
 #endif
@@ -100,6 +103,24 @@ KERNEL(64, 1) relay(const u32*, u32* out) {
     }
     __syncthreads();
     if (threadIdx.x == 35 && block != SILENT) write_word(out + 4 * block, before + mine[31]);
+}
+// Blocks in pairs: each copies half of x for both; then the first copies a word of its own to the second.
+KERNEL(64, 1) paired(const uint4* x, uint4* out) {
+    __shared__ u64 arrived, handed;
+    __shared__ uint4 both[2], own;
+    arrive_in_cluster<2, 1>();
+    wait_in_cluster<2, 1>();
+    u32 second = blockIdx.x % 2;
+    if (threadIdx.x < 32) copy_bulk_to_both<2, 1>(&both[second], x + second, 16, &arrived);
+    if (WAIT) wait_bulk_of_other(&arrived, 16);
+    __syncthreads();
+    if (second) wait_bulk_of_other(&handed, SENT);
+    if (!second && threadIdx.x == 0) {
+        own = make_uint4(blockIdx.x + 7, 0, 0, 0);
+        copy_bulk_to_next(&own, 16, &handed);
+    }
+    __syncthreads();
+    if (threadIdx.x < 3) out[3 * blockIdx.x + threadIdx.x] = threadIdx.x < 2 ? both[threadIdx.x] : own;
 }
 KERNEL(64, 1) mistake(const int* x, int* out) {
     extern __shared__ __align__(16) u8 shared[];
@@ -230,6 +251,31 @@ def test_blocks_that_wait_for_ever_are_reported(run: Run) -> None:
         EmulatorError, match=rf"deadlock in block \(3, 0, 0\): {where}.*; 24 threads returned"
     ):
         relayed(run, SILENT=1)
+
+
+def paired(run: Run, blocks: int = 4, **defines: int) -> np.ndarray:
+    x = np.arange(8, dtype=np.uint32)
+    options = {"grid": (blocks, 1, 1), "threads": 64, "defines": defines}
+    return run("paired", (blocks, 3, 4), jnp.uint32, x, **options)
+
+
+def test_blocks_of_a_cluster_copy_to_each_other(run: Run) -> None:
+    found = paired(run)
+    assert found[:, :2].tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 4
+    assert found[:, 2, 0].tolist() == [7, 7, 9, 9]
+
+
+def test_what_another_block_copied_is_not_there_before_it_is_waited_for(run: Run) -> None:
+    found = paired(run, WAIT=0)
+    assert (found[::2, 1] == 0xFFFFFFFF).all()
+    assert (found[1::2, 0] == 0xFFFFFFFF).all()
+
+
+def test_mistakes_in_clusters_are_reported(run: Run) -> None:
+    with pytest.raises(EmulatorError, match="a grid that is not made of whole clusters"):
+        paired(run, blocks=3)
+    with pytest.raises(EmulatorError, match=r"deadlock .*threads wait at other blocks"):
+        paired(run, SENT=32)
 
 
 MISTAKES = {

@@ -195,28 +195,36 @@ def test_blocks_of_several_tiles_give_the_same_bits(ggml_type, num_blocks, numbe
 
 
 @pytest.mark.parametrize(
-    ("number", "warps", "num_blocks", "last", "tiles"),
+    ("number", "warps", "last", "tiles"),
     [
-        (16, 24, 10, G.Q6_K, (1, 3, 2, 1)),
-        (64, 3, 10, G.Q6_K, (3, 1, 4, 2)),
-        (64, 24, 12, G.Q6_K, (5, 1, 4, 1)),
-        (32, 8, 10, G.Q4_K, (5, 1, 1, 2)),
+        (16, 24, G.Q6_K, (3, 2)),
+        (16, 24, G.Q6_K, (3, 2, 1, 2)),  # nine blocks, and one more, which does the last one's work too
+        (60, 3, G.Q6_K, (5, 8)),  # more units of work than warps: they take turns
+        (60, 24, G.Q6_K, (5, 4, 1, 2)),  # two blocks share inputs
+        (60, 24, G.Q6_K, (5, 4, 2, 1)),  # or the segments
+        (60, 24, G.Q4_K, (5, 8, 2, 1)),
     ],
 )
-def test_three_weights_in_tall_blocks_give_the_same_bits(number, warps, num_blocks, last, tiles, monkeypatch):
+def test_three_weights_in_blocks_of_any_shape_give_the_same_bits(number, warps, last, tiles, monkeypatch):
     kinds, sizes = (G.Q4_K, G.Q4_K, last), (208, 96, 80)
     weights = [random_weight(44 + i, kinds[i], 2, sizes[i], INPUTS) for i in range(3)]
     inputs = round_rows(random(47, number, INPUTS))
-    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: num_blocks)
-    monkeypatch.setattr(matmul, "_DENSE_WARPS", warps)  # three have four units of work in turns
-    defines = matmul._dense_launch("qkv", inputs, weights).defines
-    assert tuple(defines[f"{x}_{y}"] for x in ("ROW", "COLUMN") for y in ("TILES", "GROUPS")) == tiles
+    monkeypatch.setattr(matmul, "_DENSE_WARPS", warps)
+    monkeypatch.setattr(matmul, "_few_blocks", lambda *_: [matmul._Tiles(*tiles)])
     found = np.asarray(matmul.dense("qkv", inputs, weights, count_of(number), index=INDEX))
-    monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 1000)
+    monkeypatch.setattr(matmul, "_few_blocks", lambda *_: [matmul._Tiles(1, 1)])
     for i in (0, number - 8):
         part = Rounded(inputs.codes[i : i + 8], inputs.scales[i : i + 8])
         expected = matmul.dense("qkv", part, weights, count_of(8), index=INDEX)
         assert_same_bits(found[i : i + 8], expected)
+
+
+def test_without_clusters_blocks_share_nothing(monkeypatch):
+    weights = packed.absent_weights([G.Q4_K], [(48, 2048, 4096)])
+    for limit, sharing in ((99 << 10, 1), (163 << 10, 1), (227 << 10, 2)):
+        monkeypatch.setattr(ptx, "shared_limit", lambda limit=limit: limit)
+        blocks = matmul._few_blocks(64, weights)
+        assert max(one.parts * one.peers for one in blocks) == sharing
 
 
 def test_a_block_leaves_room_for_the_launch_number(monkeypatch):

@@ -122,7 +122,7 @@ DEVICE void expect_bulk(u64* barrier, u32 size) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(size) : "memory");
 }
 constexpr int BULK_COPIERS = 1;  // lanes of a warp that are worth sharing a copy
-// `size` bytes, all multiples of 16, from global to shared memory in the background. They are weights, read once a step: they
+// `size` bytes, all multiples of 16, from global to shared memory in the background. Most are weights, read once a step: they
 // leave the L2 cache before what kernels hand each other.
 DEVICE void copy_bulk(void* shared, const void* global, u32 size, u64* barrier, int = 0, int = 1) {
     u32 to = (u32)__cvta_generic_to_shared(shared), by = (u32)__cvta_generic_to_shared(barrier);
@@ -132,6 +132,30 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 size, u64* barrier, 
                  "l"(global), "r"(size), "r"(by), "l"(policy)
                  : "memory");
 }
+// The same to both blocks of a cluster of two, at the same place and with the same barrier there.
+template <int X, int Y> DEVICE void copy_bulk_to_both(void* shared, const void* global, u32 size, u64* barrier) {
+    u32 to = (u32)__cvta_generic_to_shared(shared), by = (u32)__cvta_generic_to_shared(barrier);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(global), "r"(size), "r"(by), "h"((u16)3)
+                 : "memory");
+}
+// What the other blocks of the cluster must find of a barrier before their copies tell it.
+DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// All threads of the X * Y blocks of a cluster meet; what they wrote is not ordered by it.
+template <int X, int Y> DEVICE void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+template <int X, int Y> DEVICE void wait_in_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// `size` bytes to the same place in shared memory of the cluster's block that is next in x, whose barrier is told.
+DEVICE void copy_bulk_to_next(void* shared, u32 size, u64* barrier) {
+    u32 here = (u32)__cvta_generic_to_shared(shared), by = (u32)__cvta_generic_to_shared(barrier), rank, there, by_there;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank + 1));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(by_there) : "r"(by), "r"(rank + 1));
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(there), "r"(here), "r"(size),
+                 "r"(by_there)
+                 : "memory");
+}
+#define CLUSTER(x, y) __cluster_dims__(x, y, 1)
+constexpr bool HAS_CLUSTERS = true;
 DEVICE bool is_bulk_there(u64* barrier, u32 parity) {
     u32 address = (u32)__cvta_generic_to_shared(barrier), is_there;
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
@@ -251,6 +275,15 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 size, u64*, int lane
 #pragma unroll 4
     for (u32 i = lane * 16; i < size; i += lanes * 16) copy_async((u8*)shared + i, (const u8*)global + i);
 }
+DEVICE void fence_barriers() {}
+#ifndef EMULATED
+template <int X, int Y> DEVICE void copy_bulk_to_both(void*, const void*, u32, u64*) {}
+template <int X, int Y> DEVICE void arrive_in_cluster() {}
+template <int X, int Y> DEVICE void wait_in_cluster() {}
+DEVICE void copy_bulk_to_next(void*, u32, u64*) {}
+constexpr bool HAS_CLUSTERS = false;
+#endif
+#define CLUSTER(x, y)
 DEVICE bool is_bulk_there(u64*, u32) { return true; }
 #endif
 
@@ -272,6 +305,11 @@ DEVICE void wait_bulk(u64* barrier, u32 parity) {
     u32 looks = 0;
     while (!is_bulk_there(barrier, parity)) look_again(looks);
 }
+
+#ifndef EMULATED
+// The same, of which the cluster's other block copies so many bytes.
+DEVICE void wait_bulk_of_other(u64* barrier, u32) { wait_bulk(barrier, 0); }
+#endif
 
 DEVICE float sum_of_lanes(float v) {
 #pragma unroll

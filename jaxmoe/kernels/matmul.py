@@ -44,8 +44,8 @@ _MANY_BLOCKS = 264  # that run at once: two on each of the 132 multiprocessors o
 _MANY_OUTPUTS = 16384  # from so many on a warp streams its rows, and that for many rows has blocks enough
 _HALF_ROWS = 64
 _DENSE_WARPS = 24  # the most of a dense product of few rows
-_STREAM_WARPS = 12  # of one of very many outputs
-_STEPS = (SEGMENT, 64)  # inputs of a step: the first that fits is the fastest
+_WIDE_WARPS = 8  # enough of them where each has many tiles
+_STREAM_WARPS = 16  # of one of very many outputs; half of them for 64 rows, which need the registers
 _ROW_STATIC_SIZE = 24 << 10  # of a one-row product: the inputs and the sums
 _STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
 
@@ -160,24 +160,25 @@ def _row_size(w: QuantTensor) -> int:
 
 
 class _Tiles(NamedTuple):
-    """A block of the dense product of few rows: tiles of 16 outputs and 8 rows, inputs a step."""
+    """A block of the dense product of few rows: tiles of 16 outputs and 8 rows.
+
+    A cluster is `parts` blocks, each with a part of the inputs' width, or `peers`, which share the
+    copies of their rows.
+    """
 
     rows: int
     columns: int
-    step: int
+    parts: int = 1
+    peers: int = 1
 
     def size(self, weights: Sequence[QuantTensor]) -> int:
-        """Bytes of shared memory, of one weight with room for a residual: as many steps of inputs as fit."""
-        segments, columns, height = _segments(weights), 8 * self.columns, 16 * self.rows
-        stage, steps = segments * columns * self.step, SEGMENT // self.step
-        rest = height * columns * 4 if len(weights) == 1 else 0
-        needed = [segments * columns * (height + 4) * 4]
+        """Bytes of shared memory, of one weight with room for a residual."""
+        inputs, columns, height = weights[0].shape[-1] // self.parts, 8 * self.columns, 16 * self.rows
+        rest = height * columns * 4 * ((len(weights) == 1) + self.parts - 1)
+        needed = [inputs // SEGMENT * columns * (height + 4) * 4]
         for w in weights:
-            tall = 16 * self._tiles(w, weights)
-            factors = 0 if w.d is None else tall * segments * 64
-            fixed = segments * (columns * 64 + tall * (SEGMENT * code_bits(w) // 8 + 16)) + factors
-            fit = (_few_room() - rest - fixed) // stage
-            needed.append(fixed + stage * max(min(fit, steps), min(2, steps)))
+            row = inputs * code_bits(w) // 8 + 16 + (0 if w.d is None else inputs // 4)
+            needed.append(columns * (inputs * 5 // 4 + 32) + 16 * self._tiles(w, weights) * row)
         return max(needed) + rest
 
     def _tiles(self, w: QuantTensor, weights: Sequence[QuantTensor]) -> int:
@@ -192,31 +193,32 @@ class _Tiles(NamedTuple):
         heights = [16 * self._tiles(stack[0], weights) for stack in stacks]
         outputs = [sum(w.shape[-2] for w in stack) for stack in stacks]
         blocks = sum(-(-n // height) for n, height in zip(outputs, heights, strict=True))
-        return -(-num_rows // (8 * self.columns)), blocks, 1
+        return -(-num_rows // (8 * self.columns)) * self.parts, -(-blocks // self.peers) * self.peers, 1
 
     def cost(self, num_rows: int, weights: Sequence[QuantTensor]) -> int:
-        """Of a multiprocessor: codes that it reads, in those of 8 rows of inputs, and tiles it multiplies."""
-        rounds = -(-prod(self.grid(num_rows, weights)) // ptx.num_multiprocessors())
-        codes = max(self._tiles(w, weights) * code_bits(w) // 4 for w in weights) + self.columns
-        return rounds * (3 * codes + self.rows * self.columns)
+        """Nanoseconds that an H200 needs to copy what blocks read, to multiply and to hand sums over."""
+        grid = self.grid(num_rows, weights)
+        rounds = -(-prod(grid) // ptx.num_multiprocessors())
+        inputs, columns, height = weights[0].shape[-1] // self.parts, 8 * self.columns, 16 * self.rows
+        copied = sum(w.shape[-2] * inputs * code_bits(w) // 8 for w in weights) // grid[1]
+        copied += columns * inputs * 5 // 4 // self.peers
+        tiles = self.rows * self.columns * inputs // 32
+        return rounds * (2000 + copied // 40 + 4 * tiles + (self.parts - 1) * (500 + height * columns // 3))
 
     def groups(self, weights: Sequence[QuantTensor]) -> dict[str, int]:
-        """Warps of a segment side by side, each with its own rows where columns are few, or its own columns.
-
-        A warp of more than 16 tiles has enough to do while it waits, more than 20 do not fit its registers.
-        """
-        segments, tiles = _segments(weights), self.rows * self.columns
+        """Warps of a segment, each with its own rows where columns are few, or its own columns."""
+        segments = _segments(weights) // self.parts
         by_row = self.columns < 4 and segments * self.rows <= _DENSE_WARPS
-        by_column = not by_row and self.columns > 1 and segments <= 8 and not 16 < tiles <= 20
-        return {"ROW_GROUPS": self.rows if by_row else 1, "COLUMN_GROUPS": 2 if by_column else 1}
+        by_column = max(1, min(self.columns // 4, _WIDE_WARPS // segments))
+        return {"ROW_GROUPS": self.rows if by_row else 1, "COLUMN_GROUPS": 1 if by_row else by_column}
 
     def defines(self, weights: Sequence[QuantTensor]) -> Defines:
         groups = self.groups(weights)
-        units = _segments(weights) * prod(groups.values())
+        units = _segments(weights) // self.parts * prod(groups.values())
         return {
             **groups, "ROW_TILES": self.rows // groups["ROW_GROUPS"],
-            "COLUMN_TILES": self.columns // groups["COLUMN_GROUPS"], "STEP": self.step,
-            "THREADS": _threads(units, _DENSE_WARPS),
+            "COLUMN_TILES": self.columns // groups["COLUMN_GROUPS"], "THREADS": _threads(units, _DENSE_WARPS),
+            "K_PARTS": self.parts, "PEERS": self.peers,
         }  # fmt: skip
 
 
@@ -228,15 +230,16 @@ def _stream_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defin
     w, tiles = weights[0], next(n for n in (1, 2, 4, 8) if 8 * n >= num_rows)
     if len(weights) > 1 or w.d is None or w.shape[-2] < _MANY_OUTPUTS:
         return None
-    inputs, scales = _segments(weights) * 8 * tiles * 320, 1024
-    room = (ptx.shared_limit() - _STATIC_SIZE - inputs) // _STREAM_WARPS - scales
+    warps, scales = _STREAM_WARPS // 2 if tiles == 8 else _STREAM_WARPS, 1024
+    inputs = _segments(weights) * 8 * tiles * (SEGMENT + (32 if w.d_m is None else 64))
+    room = (ptx.shared_limit() - _STATIC_SIZE - inputs) // warps - scales
     for step, least in ((128, 4), (64, 2)):
         size = 16 * step * w.bits // 8
         kept = min(room // size, 2048 // step, SEGMENT // step * _segments(weights) + 1)
         if kept >= least:
             macros: Defines = {"STREAM": 1, "STEPS_KEPT": kept, "STEP": step}
             macros |= {"ROW_TILES": 1, "ROW_GROUPS": 1, "COLUMN_TILES": tiles, "COLUMN_GROUPS": 1}
-            return macros | {"THREADS": 32 * _STREAM_WARPS}, inputs + _STREAM_WARPS * (kept * size + scales)
+            return macros | {"THREADS": 32 * warps}, inputs + warps * (kept * size + scales)
     return None
 
 
@@ -249,17 +252,25 @@ def _segments(weights: Sequence[QuantTensor]) -> int:
     return weights[0].shape[-1] // SEGMENT
 
 
-def _few_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defines, int, tuple[int, int, int]]:
-    """Macros, shared memory and blocks of the dense product of few rows: the cheapest blocks that fit."""
+def _few_blocks(num_rows: int, weights: Sequence[QuantTensor]) -> list[_Tiles]:
+    """The blocks of few rows that the GPU can have, the smallest first."""
+    clusters = [(1, 1), (1, 2), (2, 1)] if ptx.has_clusters() else [(1, 1)]
     found = [
-        _Tiles(rows, columns, step)
+        _Tiles(rows, columns, parts, peers)
         for rows in (1, 2, 3, 4, 5)
         for columns in (1, 2, 4, 8)
-        for step in _STEPS
-        if 4 * columns < max(num_rows, 5) and 16 * rows <= min(w.shape[-2] for w in weights)
+        for parts, peers in clusters
+        if 4 * columns < max(num_rows, 5)
+        and 16 * rows <= min(w.shape[-2] for w in weights)
+        and _segments(weights) % parts == 0
     ]
     fitting = [one for one in found if one.size(weights) <= _few_room()]
-    best = min(fitting or found[:1], key=lambda one: one.cost(num_rows, weights))
+    return fitting or found[:1]
+
+
+def _few_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defines, int, tuple[int, int, int]]:
+    """Macros, shared memory and blocks of the dense product of few rows."""
+    best = min(_few_blocks(num_rows, weights), key=lambda one: one.cost(num_rows, weights))
     return best.defines(weights), best.size(weights), best.grid(num_rows, weights)
 
 

@@ -1,44 +1,20 @@
 // Dense products of few rows. A block takes HEIGHT rows of a weight and COLUMNS columns, a warp one segment of 16 * ROW_TILES
 // rows and 8 * COLUMN_TILES columns: each weight is unpacked for all of those, each column read for all of those rows.
-// Codes of columns come to shared memory in steps of STEP inputs of every segment, those of weights at once: few large pieces
-// are faster than many small ones. Scales of the weights are made floats once for the block, while codes are on their way.
-// The segments meet in shared memory.
+// Everything that the block reads comes to shared memory at once, by bulk copies of whole rows. Two blocks can be a cluster: of
+// the same columns (PEERS), each copies half of the inputs for both; or each takes half of the segments (K_PARTS), and the
+// first hands its sums over.
+// Scales of the weights are made floats once for the block, while codes are on their way. The segments meet in shared memory.
 #include "weights.cuh"
 
 extern __shared__ __align__(16) u8 shared[];
 
 constexpr int WARPS = THREADS / 32, HEIGHT = 16 * ROW_TILES * ROW_GROUPS, COLUMNS = 8 * COLUMN_TILES * COLUMN_GROUPS;
-constexpr int UNITS = SEGMENTS * ROW_GROUPS * COLUMN_GROUPS, TURNS = (UNITS + WARPS - 1) / WARPS;
-constexpr int STEPS = SEGMENT / STEP, PAIRS = STEP / 64;  // PAIRS: of blocks of 32 inputs in a step
-template <class F> constexpr int CHUNKS = F::BYTES / STEPS / 16;  // of a row's codes in a step
-constexpr int ALL_ROWS = ROWS_0 + ROWS_1 + ROWS_2;
-// Codes of 8 bits take twice the room: of the tallest such blocks there are more.
-template <class F> constexpr int TILES_OF = F::SPLIT && ROW_TILES > 2 ? ROW_TILES - 1 : ROW_TILES;
-template <class F> constexpr int HEIGHT_OF = 16 * TILES_OF<F> * ROW_GROUPS;
+constexpr int TOGETHER = COLUMN_TILES > 1 ? 2 : 1;  // tiles of columns that one ldmatrix reads
+template <int ROWS> using Sums = float[ROWS][COLUMN_TILES][4];
 
-// Of each segment and column a step's codes, and 64 bytes of scales. Their chunks of 16 bytes are swapped so that eight
-// columns share no bank.
-constexpr int SCALES = 64, PIECES_SIZE = SEGMENTS * COLUMNS * STEP, SCALES_SIZE = SEGMENTS * COLUMNS * SCALES;
-template <int SIZE> DEVICE int swapped(int chunk, int column) { return (chunk ^ (SIZE == 64 ? column >> 1 & 3 : column & 7)) * 16; }
-
-// SIZE bytes of each segment and column; ROW_SIZE: bytes of a row of inputs.
-template <int ROW_SIZE, int SIZE> DEVICE void copy_pieces(u8* to, const u8* from, int column0) {
-    constexpr int CHUNKS = SIZE / 16, AT_ONCE = 32 / CHUNKS;  // columns
-    constexpr int TILES = COLUMNS / AT_ONCE, COPIES = SEGMENTS * TILES, IN_SEGMENT = ROW_SIZE / SEGMENTS;
-    constexpr bool EVEN = WARPS % TILES == 0;  // then a warp's columns are the same each time
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = lane / CHUNKS, chunk = lane % CHUNKS;
-    auto column = [=](int at) { return at % TILES * AT_ONCE + first; };
-    auto offset = [=](int at) { return (u32)(min(column0 + column(at), NUM_ROWS - 1) * ROW_SIZE + at / TILES * IN_SEGMENT); };
-    auto place = [=](int at) { return at * 512 + first * SIZE + swapped<SIZE>(chunk, column(at)); };
-    from += chunk * 16;
-    if (EVEN) from += offset(warp), to += place(warp);
-#pragma unroll 4  // all at once, the addresses would not fit the registers
-    for (int i = 0; i < (COPIES + WARPS - 1) / WARPS; i++) {
-        int at = i * WARPS + warp;
-        if (COPIES % WARPS == 0 || at < COPIES)
-            copy_async(to + (EVEN ? i * WARPS * 512 : place(at)), from + (EVEN ? i * (WARPS / TILES) * IN_SEGMENT : offset(at)));
-    }
-}
+// In registers these would be in the way of the sums: how many columns count, and where the block's outputs go.
+__shared__ int num_columns;
+__shared__ float* block_out;
 
 template <int NUM> DEVICE void read_vector(u32 (&to)[NUM], const void* from) {
     if constexpr (NUM == 1) to[0] = *(const u32*)from;
@@ -97,13 +73,6 @@ template <class F, int NUM> struct RowScales {
     }
 };
 
-// Those of TILES tiles of 16 rows in shared memory, as a lane wants them: by segment and block, of rows r and r + 8 of a
-// tile side by side. Eight rows share no bank, neither when they are read nor, by another order in each segment, when written.
-template <int TILES> struct Factors {
-    static constexpr int BLOCK = TILES * 128, SEGMENT_SIZE = 8 * BLOCK, SIZE = SEGMENTS * SEGMENT_SIZE;
-    METHOD static int at(int segment, int tile, int row) { return segment * SEGMENT_SIZE + tile * 128 + (row ^ (segment & 7)) * 16; }
-};
-
 // 16 rows of one block of 32 inputs, in their own order: `a` as mma_int8 takes it. Block of weights.cuh has another order.
 template <class F> struct Tile {
     static constexpr int PARTS = F::SPLIT ? 2 : 1;
@@ -147,83 +116,19 @@ template <class F> struct Tile {
     }
 };
 
-// Both blocks of a pair of 16 rows.
-template <class F> struct PairTile {
-    Tile<F> tiles[2];
-
-    // place(row, chunk): 16 bytes of the codes; factors: those of the pair's first block, STRIDE bytes before the second's.
-    template <int STRIDE, class Place> METHOD void read(Place place, int row, int pair, const u8* factors) {
-        int lane = threadIdx.x & 31;
-        u32 words[4];
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-            if (F::BITS == 8 || b == 0) load_matrices(words, place(row + (lane & 15), pair * (F::BITS / 2) + (lane >> 4) + (F::BITS == 4 ? 0 : 2 * b)));
-            tiles[b].unpack(words, *(const float4*)(factors + b * STRIDE), b);
-        }
-    }
-};
-
-// Both blocks of a pair of 8 columns: the lane's inputs of column l/4, the scales of columns 2 * (l%4) and the next.
-struct PairColumns {
-    u32 x[4];
-    float4 left, right;
-
-    METHOD void read(const u8* inputs, const u8* scales, int n, int pair, int all_pairs) {
-        int lane = threadIdx.x & 31, column = lane & 7, quarter = lane & 3;
-        u32 at = (column * STEP + swapped<STEP>(lane >> 3, column)) ^ (64 * pair);
-        load_matrices(x, inputs + (at + n * (8 * STEP)));
-        const u8* p = scales + (8 * n + 2 * quarter) * SCALES + (all_pairs ^ quarter) * 16;
-        left = *(const float4*)p, right = *(const float4*)(p + SCALES);
-    }
-    template <class F> METHOD void add(float (&sums)[4], const PairTile<F>& rows, int b) const {
-        rows.tiles[b].add(sums, x[2 * b], x[2 * b + 1], b ? make_float2(left.z, left.w) : make_float2(left.x, left.y),
-                          b ? make_float2(right.z, right.w) : make_float2(right.x, right.y));
-    }
-};
-
-// In registers these would be in the way of the sums: how many columns count, and where the block's outputs go.
-__shared__ int num_columns;
-__shared__ float* block_out;
-
-template <int ROWS> using Sums = float[ROWS][COLUMN_TILES][4];
-
-// One step of 16 * TALL rows. `factors`: the lane's, of the segment's first block and the first 16 rows; a block has STRIDE
-// bytes of them. `x` and `scales` are those of the segment's first column.
-template <class F, int TALL, int STRIDE, class Place>
-DEVICE void multiply_step(Sums<TALL>& sums, Place place, const u8* factors, const u8* x, const u8* scales, int step) {
-    constexpr bool SMALL = TALL * COLUMN_TILES <= 2;
-#pragma unroll(SMALL ? 2 : 1)
-    for (int pair = 0; pair < PAIRS; pair++) {
-        int all_pairs = step * PAIRS + pair;
-        const u8* here = factors + 2 * all_pairs * STRIDE;
-        if constexpr (TALL <= COLUMN_TILES) {  // the fewer stay in registers
-            PairTile<F> rows[TALL];
-#pragma unroll
-            for (int t = 0; t < TALL; t++) rows[t].template read<STRIDE>(place, 16 * t, pair, here + t * 128);
-#pragma unroll
-            for (int n = 0; n < COLUMN_TILES; n++) {
-                PairColumns columns;
-                if (COLUMN_TILES > 4 && n % 4 == 2) __syncwarp();  // or all columns come first, and registers spill
-                columns.read(x, scales, n, pair, all_pairs);
-#pragma unroll
-                for (int i = 0; i < 2 * TALL; i++) columns.add(sums[i % TALL][n], rows[i % TALL], i / TALL);
-            }
-        } else {
-            PairColumns columns[COLUMN_TILES];
-#pragma unroll
-            for (int n = 0; n < COLUMN_TILES; n++) columns[n].read(x, scales, n, pair, all_pairs);
-#pragma unroll
-            for (int t = 0; t < TALL; t++) {
-                PairTile<F> rows;
-                rows.template read<STRIDE>(place, 16 * t, pair, here + t * 128);
-#pragma unroll
-                for (int i = 0; i < 2 * COLUMN_TILES; i++) columns[i % COLUMN_TILES].add(sums[t][i % COLUMN_TILES], rows, i / COLUMN_TILES);
-            }
-        }
-    }
-}
-
 #ifndef STREAM
+constexpr int PART_SEGMENTS = SEGMENTS / K_PARTS, PART_K = K / K_PARTS;  // of a block
+constexpr int UNITS = PART_SEGMENTS * ROW_GROUPS * COLUMN_GROUPS, TURNS = (UNITS + WARPS - 1) / WARPS;
+constexpr int ALL_ROWS = ROWS_0 + ROWS_1 + ROWS_2;
+// Codes of 8 bits take twice the room: of the tallest such blocks there are more.
+template <class F> constexpr int TILES_OF = F::SPLIT && ROW_TILES > 2 ? ROW_TILES - 1 : ROW_TILES;
+template <class F> constexpr int HEIGHT_OF = 16 * TILES_OF<F> * ROW_GROUPS;
+
+static_assert(K_PARTS * PEERS <= 2, "a cluster is one block or two");
+constexpr bool IN_CLUSTERS = K_PARTS * PEERS > 1;
+constexpr u32 SHARES = HAS_CLUSTERS ? PEERS : 1;
+DEVICE int part() { return K_PARTS > 1 ? blockIdx.x % K_PARTS : 0; }
+
 // Weights of one format, whose rows follow each other. Sixteen rows lie in one of them.
 template <int NUM> struct Stack {
     Weight weights[NUM];
@@ -243,68 +148,89 @@ template <int NUM> struct Stack {
         place = row + (is_last(row) ? rows_before(2) : is_past(row) ? rows_before(1) : rows_before(0));
         return choose(is_last(row), weights[NUM - 1], choose(is_past(row), weights[NUM > 1], weights[0]));
     }
-    // As if all rows were in weight i.
-    template <int SIZE> METHOD const u8* codes(int i, int row) const { return weights[i].codes + (long long)(row + rows_before(i)) * SIZE; }
+    // The codes of a row of SIZE bytes.
+    template <int SIZE> METHOD const u8* codes(int row) const {
+        int place;
+        Weight w = at(row, place);
+        return w.codes + (size_t)place * SIZE;
+    }
 };
 
-// How the rows of a block lie in shared memory: the columns' scales, the factors, the codes by segment and row (16 bytes
-// more keep the banks apart), the columns' codes.
+// Those of TILES tiles of 16 rows in shared memory, as a lane wants them: by segment and block, of rows r and r + 8 of a
+// tile side by side. Eight rows share no bank, neither when they are read nor, by another order in each segment, when written.
+template <int TILES> struct Factors {
+    static constexpr int BLOCK = TILES * 128, SEGMENT_SIZE = 8 * BLOCK, SIZE = PART_SEGMENTS * SEGMENT_SIZE;
+    METHOD static int at(int segment, int tile, int row) { return segment * SEGMENT_SIZE + tile * 128 + (row ^ (segment & 7)) * 16; }
+};
+
+// How what a block reads lies in shared memory: the columns' scales and codes, which are at the same place whatever the weights
+// are, the factors, the weights' codes, each row by row (16 bytes more keep the banks apart); behind it the sums of the first
+// part and the residual.
+constexpr int INPUTS_STRIDE = PART_K + 16, SCALES_STRIDE = PART_K / 4 + 16, OUTS_SIZE = HEIGHT * COLUMNS * 4;
+constexpr int INPUTS_SIZE = COLUMNS * (PART_K + PART_K / 4), AT_INPUTS = COLUMNS * SCALES_STRIDE, AT_FACTORS = AT_INPUTS + COLUMNS * INPUTS_STRIDE;
 #ifdef RESIDUAL
-constexpr int AT_RESIDUAL = SHARED_SIZE - HEIGHT * COLUMNS * 4;
+constexpr int AT_RESIDUAL = SHARED_SIZE - OUTS_SIZE;
 #else
 constexpr int AT_RESIDUAL = SHARED_SIZE;
 #endif
+constexpr int AT_HANDED = AT_RESIDUAL - (K_PARTS - 1) * OUTS_SIZE;
 template <class F> struct Layout {
-    static constexpr int TILES = TILES_OF<F> * ROW_GROUPS, HEIGHT = 16 * TILES, STRIDE = F::BYTES + 16;
-    static constexpr int AT_CODES = SCALES_SIZE + (F::HALF ? 0 : Factors<TILES>::SIZE), AT_STAGES = AT_CODES + SEGMENTS * HEIGHT * STRIDE;
-    static constexpr int FIT = (AT_RESIDUAL - AT_STAGES) / PIECES_SIZE, STAGES = FIT < STEPS ? FIT : STEPS;
-    static_assert(STAGES > (STEPS > 1), "weights and inputs must fit");
-    METHOD static int at_codes(int row, int segment) { return AT_CODES + (segment * HEIGHT + row) * STRIDE; }
+    static constexpr int TILES = TILES_OF<F> * ROW_GROUPS, HEIGHT = 16 * TILES, IN_ROW = PART_SEGMENTS * F::BYTES, STRIDE = IN_ROW + 16;
+    static constexpr int AT_CODES = AT_FACTORS + (F::HALF ? 0 : Factors<TILES>::SIZE);
+    static_assert(AT_CODES + HEIGHT * STRIDE <= AT_HANDED, "weights and inputs must fit");
 };
 
-template <class F, int NUM> DEVICE void copy_codes(const Stack<NUM>& stack, int row) {
+__shared__ u64 arrived, handed_over;
+
+// Start all copies of the block; a warp's lanes take one each, where the GPU copies in bulk.
+template <class F, int NUM> DEVICE void copy_all(const Stack<NUM>& stack, int row, const i8* codes, const float* scales, int column0) {
     using Place = Layout<F>;
-    constexpr int CHUNKS = F::BYTES / 16, A_ROW = SEGMENTS * CHUNKS, COPIES = Place::HEIGHT * A_ROW, ROW_SIZE = SEGMENTS * F::BYTES;
-    u8* to = shared;
-    constexpr bool EVEN = THREADS % A_ROW == 0;  // then a thread's inputs are the same each time
-    u32 thread = threadIdx.x;
-    auto inside = [=](u32 at) { return at / A_ROW * ROW_SIZE + at % A_ROW * 16; };
-    auto place = [=](u32 at) { return Place::at_codes(at / A_ROW, at % A_ROW / CHUNKS) + at % CHUNKS * 16; };
-    const u8* from[NUM];
-#pragma unroll
-    for (int i = 0; i < NUM; i++) from[i] = stack.template codes<ROW_SIZE>(i, row) + (EVEN ? inside(thread) : 0);
-    if (EVEN) to += place(thread);
-#pragma unroll 4
-    for (int i = 0; i < (COPIES + THREADS - 1) / THREADS; i++) {
-        u32 at = i * THREADS + thread, rows = i * (THREADS / A_ROW);
-        int r = row + at / A_ROW;
-        const u8* p = Stack<NUM>::is_last(r) ? from[NUM - 1] : Stack<NUM>::is_past(r) ? from[NUM > 1] : from[0];
-        if (COPIES % THREADS == 0 || at < COPIES)
-            copy_async(to + (EVEN ? rows * Place::STRIDE : place(at)), p + (EVEN ? rows * ROW_SIZE : inside(at)));
+    constexpr u32 MINE = COLUMNS / SHARES, AT_ONCE = 32 / BULK_COPIERS;  // MINE: columns
+#pragma unroll 1
+    for (u32 i = threadIdx.x / 32 + threadIdx.x % 32 / BULK_COPIERS * WARPS; i < Place::HEIGHT + 2 * MINE; i += AT_ONCE * WARPS) {
+        const u8* from;
+        u32 to, size;
+        if (i < Place::HEIGHT) {
+            from = stack.template codes<SEGMENTS * F::BYTES>(row + i) + part() * Place::IN_ROW;
+            to = Place::AT_CODES + i * Place::STRIDE, size = Place::IN_ROW;
+        } else {
+            u32 column = (i - Place::HEIGHT) % MINE * SHARES + (SHARES > 1 ? blockIdx.y % SHARES : 0);
+            size_t input = min(column0 + (int)column, NUM_ROWS - 1);
+            if (i < Place::HEIGHT + MINE)
+                from = (const u8*)codes + input * K + part() * PART_K, to = AT_INPUTS + column * INPUTS_STRIDE, size = PART_K;
+            else
+                from = (const u8*)scales + input * (K / 4) + part() * (PART_K / 4), to = column * SCALES_STRIDE, size = PART_K / 4;
+        }
+        if (SHARES > 1 && i >= Place::HEIGHT)
+            copy_bulk_to_both<K_PARTS, PEERS>(shared + to, from, size, &arrived);
+        else
+            copy_bulk(shared + to, from, size, &arrived, threadIdx.x % BULK_COPIERS, BULK_COPIERS);
     }
+    commit_copies();
 }
 
 // The scales of the weights, on their way through registers: a thread takes rows r and r + 8 of a tile's segment.
 template <class F> struct BlockScales {
-    static constexpr int TILES = Layout<F>::TILES, TASKS = TILES * 8 * SEGMENTS, NUM = (TASKS + THREADS - 1) / THREADS;
+    static constexpr int TILES = Layout<F>::TILES, TASKS = TILES * 8 * PART_SEGMENTS, NUM = (TASKS + THREADS - 1) / THREADS;
     RowScales<F, 8> kept[NUM][2];
 
     METHOD static u32 task(int i) { return threadIdx.x + i * THREADS; }
     METHOD static bool is_one(int i) { return TASKS % THREADS == 0 || task(i) < TASKS; }
-    METHOD static int row(int i) { return task(i) / SEGMENTS / 8 * 16 + task(i) / SEGMENTS % 8; }
+    METHOD static int row(int i) { return task(i) / PART_SEGMENTS / 8 * 16 + task(i) / PART_SEGMENTS % 8; }
     template <int WEIGHTS> METHOD void read(const Stack<WEIGHTS>& stack, int first) {
 #pragma unroll
         for (int i = 0; i < NUM; i++) {
             if (!is_one(i)) break;
             int place;
             Weight w = stack.at(first + row(i), place);
-            kept[i][0].read(w, place, task(i) % SEGMENTS * 8), kept[i][1].read(w, place + 8, task(i) % SEGMENTS * 8);
+            int block = (part() * PART_SEGMENTS + task(i) % PART_SEGMENTS) * 8;
+            kept[i][0].read(w, place, block), kept[i][1].read(w, place + 8, block);
         }
     }
     METHOD void put() const {
 #pragma unroll
         for (int i = 0; i < NUM; i++) {
-            u8* to = shared + SCALES_SIZE + Factors<TILES>::at(task(i) % SEGMENTS, row(i) / 16, row(i) % 16);
+            u8* to = shared + AT_FACTORS + Factors<TILES>::at(task(i) % PART_SEGMENTS, row(i) / 16, row(i) % 16);
             if (is_one(i))
 #pragma unroll
                 for (int block = 0; block < 8; block++) {
@@ -321,26 +247,56 @@ template <class F> struct NoScales {
 template <bool FIRST, class A, class B> struct Either { typedef A Type; };
 template <class A, class B> struct Either<false, A, B> { typedef B Type; };
 
-// multiply_step for float weights, whose sums depend on the order of inputs: that of weights.cuh. `codes`: the lane's.
-template <class F, int TALL> DEVICE void multiply_floats(Sums<TALL>& sums, const u8* codes, const u8* x, const u8* scales, int step) {
+// A segment of a warp's rows and columns, block after block: little code, since it comes cold from L2, but enough to do while
+// a block's numbers are on their way. `factors` and `scales` are the lane's, the others the warp's.
+template <class F, int TALL, int STRIDE>
+DEVICE void multiply_segment(Sums<TALL>& sums, const u8* codes, const u8* factors, const u8* x, const u8* scales) {
+    int lane = threadIdx.x & 31;
+    codes += (lane & 15) * Layout<F>::STRIDE + (lane >> 4) * 16;
+    x += ((lane & 7) + (TOGETHER - 1) * (lane / 16 * 8)) * INPUTS_STRIDE + lane / 8 % 2 * 16;
+    constexpr int SIZE = TALL * COLUMN_TILES, UNROLLED = SIZE > 10 ? 1 : SIZE > 2 ? 2 : 4;
+#pragma unroll UNROLLED
+    for (int b = 0; b < 8; b++) {
+        u32 inputs[COLUMN_TILES / TOGETHER][4];
+        float2 left[COLUMN_TILES], right[COLUMN_TILES];
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n++) {
+            const u8* p = scales + n * 8 * SCALES_STRIDE + b * 8;
+            if (n % TOGETHER == 0) load_matrices(inputs[n / TOGETHER], x + n * 8 * INPUTS_STRIDE + b * 32);
+            left[n] = *(const float2*)p, right[n] = *(const float2*)(p + SCALES_STRIDE);
+        }
+#pragma unroll
+        for (int t = 0; t < TALL; t++) {
+            u32 words[4];
+            Tile<F> rows;
+            load_matrices(words, codes + t * 16 * Layout<F>::STRIDE + (F::BITS == 4 ? b / 2 * 32 : b * 32));
+            rows.unpack(words, *(const float4*)(factors + b * STRIDE + t * 128), b & 1);
+#pragma unroll
+            for (int n = 0; n < COLUMN_TILES; n++) {
+                const u32* of = inputs[n / TOGETHER] + n % TOGETHER * 2;
+                rows.add(sums[t][n], of[0], of[1], left[n], right[n]);
+            }
+        }
+    }
+}
+
+// The same for float weights, whose sums depend on the order of inputs: that of weights.cuh.
+template <class F, int TALL> DEVICE void multiply_floats(Sums<TALL>& sums, const u8* codes, const u8* x, const u8* scales) {
     constexpr int STRIDE = Layout<F>::STRIDE;
     int lane = threadIdx.x & 31, quarter = lane & 3, column = lane >> 2;
-    codes += column * STRIDE + quarter * 16;
-    scales += 2 * quarter * SCALES;
+    codes += column * STRIDE + quarter * 16, x += column * INPUTS_STRIDE + quarter * 8;
 #pragma unroll 2
-    for (int b = 0; b < 2 * PAIRS; b++) {
-        int block = 2 * PAIRS * step + b;
-        const u8* inputs = x + column * STEP + swapped<STEP>(2 * b + quarter / 2, column) + quarter % 2 * 8;
+    for (int b = 0; b < 8; b++) {
 #pragma unroll
         for (int t = 0; t < TALL; t++) {
             Codes<F> words;
-            words.read(codes + t * 16 * STRIDE + block * 64, STRIDE);
+            words.read(codes + t * 16 * STRIDE + b * 64, STRIDE);
             Block<F> tile(words, 0, 0);
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; n++) {
-                const u8* p = scales + n * 8 * SCALES + (block / 2 ^ quarter) * 16 + block % 2 * 8;
-                float4 of = make_float4(*(const float*)p, 0.f, *(const float*)(p + SCALES), 0.f);
-                tile.add(sums[t][n], *(const uint2*)(inputs + n * 8 * STEP), of);
+                const u8* p = scales + n * 8 * SCALES_STRIDE + b * 8;
+                float4 of = make_float4(*(const float*)p, 0.f, *(const float*)(p + SCALES_STRIDE), 0.f);
+                tile.add(sums[t][n], *(const uint2*)(x + n * 8 * INPUTS_STRIDE + b * 32), of);
             }
         }
     }
@@ -350,15 +306,15 @@ template <class F, int TALL> DEVICE void multiply_floats(Sums<TALL>& sums, const
 static_assert(ROW_GROUPS == 1 || COLUMN_GROUPS == 1, "a segment is cut one way");
 template <int TALL> struct Unit {
     int segment, row, column;
-    METHOD Unit(u32 unit) : segment(unit % SEGMENTS) {
-        u32 group = unit / SEGMENTS;
+    METHOD Unit(u32 unit) : segment(unit % PART_SEGMENTS) {
+        u32 group = unit / PART_SEGMENTS;
         row = ROW_GROUPS > 1 ? group * (16 * TALL) : 0, column = COLUMN_GROUPS > 1 ? group * (8 * COLUMN_TILES) : 0;
     }
 };
 
 // The sums by segment, column and row; four rows more keep the banks apart.
 template <int TALL> constexpr int PART_STRIDE = 16 * TALL * ROW_GROUPS + 4;
-static_assert(SEGMENTS * COLUMNS * PART_STRIDE<ROW_TILES> * 4 <= AT_RESIDUAL, "the sums must fit");
+static_assert(PART_SEGMENTS * COLUMNS * PART_STRIDE<ROW_TILES> * 4 <= AT_HANDED, "the sums must fit");
 
 template <int TALL> DEVICE void put_sums(const Sums<TALL>& sums, Unit<TALL> unit) {
     int lane = threadIdx.x & 31;
@@ -376,68 +332,65 @@ template <int TALL> constexpr int OUTS = (FOURS<TALL> * COLUMNS + THREADS - 1) /
 template <int TALL> DEVICE int out_column(int i) { return ((int)threadIdx.x + i * THREADS) / FOURS<TALL>; }
 template <int TALL> DEVICE int out_row(int i) { return ((int)threadIdx.x + i * THREADS) % FOURS<TALL> * 4; }
 DEVICE float4 plus(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-template <int TALL> DEVICE float4 total(int row, int column) {
+// The block's segments, added to those of the part before it.
+template <int TALL> DEVICE float4 total(int row, int column, const float4* before) {
     const float* p = (const float*)shared + column * PART_STRIDE<TALL> + row;
     float4 sum = *(const float4*)p;
+    if (before) sum = plus(*before, sum);
 #pragma unroll
-    for (int segment = 1; segment < SEGMENTS; segment++) sum = plus(sum, *(const float4*)(p + segment * COLUMNS * PART_STRIDE<TALL>));
+    for (int segment = 1; segment < PART_SEGMENTS; segment++) sum = plus(sum, *(const float4*)(p + segment * COLUMNS * PART_STRIDE<TALL>));
     return sum;
 }
 
-// One step of a warp's units.
-template <class F, class AllSums> DEVICE void multiply_units(AllSums& sums, int step) {
+template <class F, class AllSums> DEVICE void multiply_units(AllSums& sums) {
     using Place = Layout<F>;
     constexpr int TALL = TILES_OF<F>;
+    int lane = threadIdx.x & 31;
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
         u32 number = (threadIdx.x >> 5) + turn * WARPS;
         if (UNITS % WARPS != 0 && number >= UNITS) break;
         Unit<TALL> unit(number);
-        int column = unit.segment * COLUMNS + unit.column;
-        const u8 *x = shared + Place::AT_STAGES + step % Place::STAGES * PIECES_SIZE + column * STEP, *scales = shared + column * SCALES;
-        const u8* codes = shared + Place::at_codes(unit.row, unit.segment);
+        const u8 *x = shared + AT_INPUTS + unit.column * INPUTS_STRIDE + unit.segment * SEGMENT;
+        const u8* scales = shared + (unit.column + 2 * (lane & 3)) * SCALES_STRIDE + unit.segment * (SEGMENT / 4);
+        const u8* codes = shared + Place::AT_CODES + unit.row * Place::STRIDE + unit.segment * F::BYTES;
         if constexpr (F::HALF != 0) {
-            multiply_floats<F>(sums[turn], codes, x, scales, step);
+            multiply_floats<F>(sums[turn], codes, x, scales);
         } else {
             using Table = Factors<Place::TILES>;
-            auto place = [=](int r, int chunk) { return codes + r * Place::STRIDE + (step * CHUNKS<F> + chunk) * 16; };
-            const u8* factors = shared + SCALES_SIZE + Table::at(unit.segment, unit.row / 16, (threadIdx.x & 31) / 4);
-            multiply_step<F, TALL, Table::BLOCK>(sums[turn], place, factors, x, scales, step);
+            const u8* factors = shared + AT_FACTORS + Table::at(unit.segment, unit.row / 16, lane / 4);
+            multiply_segment<F, TALL, Table::BLOCK>(sums[turn], codes, factors, x, scales);
         }
     }
 }
 
 // The block's products, in `shared` by segment.
 template <class F, int NUM> DEVICE void multiply(const Stack<NUM>& stack, int row, const i8* codes, const float* scales, const int* count, int column0) {
-    using Place = Layout<F>;
-    constexpr int STAGES = Place::STAGES, TALL = TILES_OF<F>;
-    auto copy_inputs = [=](int step) {
-        copy_pieces<K, STEP>(shared + Place::AT_STAGES + step % STAGES * PIECES_SIZE, (const u8*)codes + step * STEP, column0);
-    };
+    constexpr int TALL = TILES_OF<F>;
     int number = threadIdx.x == 0 ? count[0] : 0;
-    typename Either<F::HALF == 0, BlockScales<F>, NoScales<F>>::Type factors;
-    factors.read(stack, row);
-    copy_pieces<K / 4, SCALES>(shared, (const u8*)scales, column0);
-    copy_codes<F>(stack, row);
-#pragma unroll 1
-    for (int step = 0; step < STAGES; step++) {
-        copy_inputs(step);
-        commit_copies();
+    if (threadIdx.x == 0) {
+        init_bulk(&arrived), init_bulk(&handed_over);
+        fence_barriers();
+        expect_bulk(&arrived, Layout<F>::HEIGHT * Layout<F>::IN_ROW + INPUTS_SIZE);
+        if (part() > 0) expect_bulk(&handed_over, FOURS<TALL> * COLUMNS * 16);
     }
+    typename Either<F::HALF == 0, BlockScales<F>, NoScales<F>>::Type factors;
+    if (IN_CLUSTERS) {  // no block may copy to another whose barrier is not there
+        arrive_in_cluster<K_PARTS, PEERS>();
+        factors.read(stack, row);
+        wait_in_cluster<K_PARTS, PEERS>();
+    } else {
+        __syncthreads();
+    }
+    copy_all<F>(stack, row, codes, scales, column0);
+    if (!IN_CLUSTERS) factors.read(stack, row);
     if (threadIdx.x == 0) num_columns = number;
     factors.put();
+    wait_copies<0>();
+    __syncthreads();
+    wait_bulk_of_other(&arrived, INPUTS_SIZE - INPUTS_SIZE / SHARES);
     Sums<TALL> sums[TURNS] = {};
-#pragma unroll 1
-    for (int step = 0; step < STEPS; step++) {
-        wait_copies<STAGES - 1>();
-        __syncthreads();
-        multiply_units<F>(sums, step);
-        if (step + STAGES < STEPS) {
-            __syncthreads();
-            copy_inputs(step + STAGES);
-        }
-        commit_copies();
-    }
+    multiply_units<F>(sums);
     __syncthreads();
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
@@ -447,14 +400,31 @@ template <class F, int NUM> DEVICE void multiply(const Stack<NUM>& stack, int ro
     __syncthreads();
 }
 
+// The first part's block copies its sums to the second's, which has them then.
+template <int TALL> DEVICE void hand_over(float4* sums) {
+    if (part() == 0) {
+#pragma unroll
+        for (int i = 0; i < OUTS<TALL>; i++) {
+            float4* mine = sums + (int)threadIdx.x + i * THREADS;
+            if (out_column<TALL>(i) >= COLUMNS) break;  // a whole warp
+            *mine = total<TALL>(out_row<TALL>(i), out_column<TALL>(i), nullptr);
+            fence_bulk();
+            __syncwarp();
+            if ((threadIdx.x & 31) == 0) copy_bulk_to_next(mine, 512, &handed_over);
+        }
+    } else {
+        wait_bulk_of_other(&handed_over, FOURS<TALL> * COLUMNS * 16);
+    }
+}
+
 // Block `block` of the `rows` of a stack.
 template <class F, int NUM>
 DEVICE void dense(const Stack<NUM>& stack, int rows, int block, int first_out, const i8* codes, const float* scales, const float* residual,
                   const int* count, float* out) {
-    int column0 = blockIdx.x * COLUMNS, row = min(block * HEIGHT_OF<F>, rows - HEIGHT_OF<F>);  // the last two may overlap
     constexpr int TALL = TILES_OF<F>;
+    int column0 = blockIdx.x / K_PARTS * COLUMNS, row = min(block * HEIGHT_OF<F>, rows - HEIGHT_OF<F>);  // the last ones may overlap
     int first = column0 * ALL_ROWS + first_out + row;
-    float4* before = (float4*)(shared + AT_RESIDUAL);  // the residual, a thread's own fours
+    float4 *before = (float4*)(shared + AT_RESIDUAL), *handed = (float4*)(shared + AT_HANDED);  // a thread's own fours
 #ifdef RESIDUAL
 #pragma unroll
     for (int i = 0; i < OUTS<TALL>; i++)
@@ -463,21 +433,35 @@ DEVICE void dense(const Stack<NUM>& stack, int rows, int block, int first_out, c
 #endif
     if (threadIdx.x == 0) block_out = out + first;
     multiply<F>(stack, row, codes, scales, count, column0);
+    if (K_PARTS > 1) {
+        hand_over<TALL>(handed);
+        arrive_in_cluster<K_PARTS, PEERS>();
+    }
+    if (part() == K_PARTS - 1)
 #pragma unroll
-    for (int i = 0; i < OUTS<TALL>; i++) {
-        int column = out_column<TALL>(i), r = out_row<TALL>(i);
-        if (column >= min(COLUMNS, num_columns - column0)) break;
-        float4 sum = total<TALL>(r, column);
+        for (int i = 0; i < OUTS<TALL>; i++) {
+            int column = out_column<TALL>(i), r = out_row<TALL>(i);
+            if (column >= min(COLUMNS, num_columns - column0)) break;
+            float4 sum = total<TALL>(r, column, K_PARTS > 1 ? handed + (int)threadIdx.x + i * THREADS : nullptr);
 #ifdef RESIDUAL
-        sum = plus(before[(int)threadIdx.x + i * THREADS], sum);
+            sum = plus(before[(int)threadIdx.x + i * THREADS], sum);
 #endif
-        *(float4*)(block_out + column * ALL_ROWS + r) = sum;
+            *(float4*)(block_out + column * ALL_ROWS + r) = sum;
+        }
+    if (K_PARTS > 1) {  // what the first part copies lies in its shared memory until it is there
+        __syncwarp();
+        wait_in_cluster<K_PARTS, PEERS>();
     }
 }
 
 template <class F, int ROWS> constexpr int NUM_BLOCKS = (ROWS + HEIGHT_OF<F> - 1) / HEIGHT_OF<F>;
 
-KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, DENSE_WEIGHTS, DENSE_RESIDUAL const int* count, float* out) {
+#if K_PARTS * PEERS > 1
+#define CLUSTERED CLUSTER(K_PARTS, PEERS)
+#else
+#define CLUSTERED
+#endif
+KERNEL(THREADS, 1) CLUSTERED NAME(const i8* codes, const float* scales, DENSE_WEIGHTS, DENSE_RESIDUAL const int* count, float* out) {
     int block = blockIdx.y;
 #if ROWS_1
     // weights of one format are one: fewer blocks, and less code to fetch
@@ -499,13 +483,55 @@ KERNEL(THREADS, 1) NAME(const i8* codes, const float* scales, DENSE_WEIGHTS, DEN
     dense<FORMAT_0>(Stack<1>(&weight, ROWS_0), ROWS_0, block, 0, codes, scales, GIVEN_RESIDUAL, count, out);
 #endif
 }
-#endif  // STREAM
-
-#ifdef STREAM
+#else
 // So many outputs that each warp takes HEIGHT rows of the weight and all columns, one group of rows after the other: it adds
 // its segments itself. All inputs stay in shared memory; a warp's weights pass through STEPS_KEPT steps of its own.
+constexpr int STEPS = SEGMENT / STEP;
+template <class F> constexpr int CHUNKS = F::BYTES / STEPS / 16;  // of a row's codes in a step
+// Of each segment and column a step's codes. Their chunks of 16 bytes are swapped so that eight columns share no bank.
+constexpr int PIECES_SIZE = SEGMENTS * COLUMNS * STEP;
+template <int SIZE> DEVICE int swapped(int chunk, int column) { return (chunk ^ (SIZE == 64 ? column >> 1 & 3 : column & 7)) * 16; }
+
+// SIZE bytes of each segment and column; ROW_SIZE: bytes of a row of inputs.
+template <int ROW_SIZE, int SIZE> DEVICE void copy_pieces(u8* to, const u8* from, int column0) {
+    constexpr int CHUNKS = SIZE / 16, AT_ONCE = 32 / CHUNKS;  // columns
+    constexpr int TILES = COLUMNS / AT_ONCE, COPIES = SEGMENTS * TILES, IN_SEGMENT = ROW_SIZE / SEGMENTS;
+    constexpr bool EVEN = WARPS % TILES == 0;  // then a warp's columns are the same each time
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = lane / CHUNKS, chunk = lane % CHUNKS;
+    auto column = [=](int at) { return at % TILES * AT_ONCE + first; };
+    auto offset = [=](int at) { return (u32)(min(column0 + column(at), NUM_ROWS - 1) * ROW_SIZE + at / TILES * IN_SEGMENT); };
+    auto place = [=](int at) { return at * 512 + first * SIZE + swapped<SIZE>(chunk, column(at)); };
+    from += chunk * 16;
+    if (EVEN) from += offset(warp), to += place(warp);
+#pragma unroll 4  // all at once, the addresses would not fit the registers
+    for (int i = 0; i < (COPIES + WARPS - 1) / WARPS; i++) {
+        int at = i * WARPS + warp;
+        if (COPIES % WARPS == 0 || at < COPIES)
+            copy_async(to + (EVEN ? i * WARPS * 512 : place(at)), from + (EVEN ? i * (WARPS / TILES) * IN_SEGMENT : offset(at)));
+    }
+}
+
 static_assert(HEIGHT == 16, "a half of the lanes for each half of a row's scales");
 constexpr int STEPS_A_ROW = SEGMENTS * STEPS, GROUPS = (ROWS_0 + HEIGHT - 1) / HEIGHT, FACTORS_SIZE = 8 * 128;
+
+// The columns' scales by block: those of a lane's columns of TOGETHER tiles lie side by side, so that one read brings nothing
+// but what counts. Formats with a minimum have a second table, of scale * sum.
+template <class F> struct ColumnScales {
+    static constexpr int BLOCK = COLUMNS * 4, TABLE = K / GROUP * BLOCK, SIZE = TABLE * (F::D_M ? 2 : 1), WIDE = 8 * TOGETHER;
+    METHOD static int place(int column) { return (column / WIDE * WIDE + column % 8 / 2 * (2 * TOGETHER) + column / 8 % TOGETHER * 2 + column % 2) * 4; }
+    // A thread takes two blocks of a column at a time, its neighbours other columns.
+    METHOD static void put(u8* to, const float* scales) {
+        constexpr int PAIRS_A_ROW = K / GROUP / 2;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < COLUMNS * PAIRS_A_ROW; i += THREADS) {
+            int column = i / WIDE / PAIRS_A_ROW * WIDE + i % WIDE, pair = i / WIDE % PAIRS_A_ROW;
+            float4 v = ((const float4*)scales)[min(column, NUM_ROWS - 1) * PAIRS_A_ROW + pair];
+            u8* p = to + 2 * pair * BLOCK + place(column);
+            *(float*)p = v.x, *(float*)(p + BLOCK) = v.z;
+            if constexpr (F::D_M) *(float*)(p + TABLE) = v.y, *(float*)(p + TABLE + BLOCK) = v.w;
+        }
+    }
+};
 
 // The scales of a segment, of which a lane has half a row: a segment ahead on their way to shared memory.
 template <class F> struct LaneScales {
@@ -546,40 +572,66 @@ template <class F> struct GroupCodes {
     }
 };
 
-DEVICE void put_totals(const Sums<ROW_TILES>& totals, float* out) {
+// The warp's rows times all columns, one step. `codes` are the warp's; `factors` and `scales` the lane's, of the step.
+template <class F> DEVICE void stream_step(Sums<1>& sums, const u8* codes, const u8* factors, const u8* x, const u8* scales) {
+    int lane = threadIdx.x & 31;
+    u32 at = ((lane & 7) + (TOGETHER - 1) * (lane / 16 * 8)) * STEP + swapped<STEP>(lane / 8 % 2, lane & 7);
+#pragma unroll 1
+    for (int b = 0; b < STEP / 32; b++) {
+        u32 words[4];
+        Tile<F> rows;
+        load_matrices(words, codes + GroupCodes<F>::place(lane & 15, (F::BITS == 4 ? b & ~1 : 2 * b) + (lane >> 4)));
+        rows.unpack(words, *(const float4*)(factors + b * 128), b & 1);
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n += TOGETHER) {
+            float of[2 * TOGETHER], others[2 * TOGETHER] = {};
+            const u8* p = scales + b * ColumnScales<F>::BLOCK + n * 32;
+            load_matrices(words, x + n * 8 * STEP + (at ^ 32 * b));
+            read_vector((u32(&)[2 * TOGETHER])of, p);
+            if constexpr (F::D_M) read_vector((u32(&)[2 * TOGETHER])others, p + ColumnScales<F>::TABLE);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++)
+                rows.add(sums[0][n + i], words[2 * i], words[2 * i + 1], make_float2(of[2 * i], others[2 * i]), make_float2(of[2 * i + 1], others[2 * i + 1]));
+        }
+    }
+}
+
+DEVICE void put_totals(const Sums<1>& totals, float* out) {
     int lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < 2 * COLUMN_TILES; i++) {
         int column = i / 2 * 8 + 2 * (lane & 3) + i % 2;
         if (column < num_columns)
 #pragma unroll
-            for (int j = 0; j < 2 * ROW_TILES; j++) out[(size_t)column * ROWS_0 + (lane >> 2) + 8 * j] = totals[j / 2][i / 2][j % 2 * 2 + i % 2];
+            for (int j = 0; j < 2; j++) out[(size_t)column * ROWS_0 + (lane >> 2) + 8 * j] = totals[0][i / 2][j * 2 + i % 2];
     }
 }
 
 template <class F> DEVICE void stream(const Weight& w, const i8* codes, const float* scales, const int* count, float* out) {
     using Group = GroupCodes<F>;
-    constexpr int SIZE = STEPS_KEPT * Group::SIZE + FACTORS_SIZE, AT_WEIGHTS = SCALES_SIZE + STEPS * PIECES_SIZE;
+    using Scales = ColumnScales<F>;
+    constexpr int SIZE = STEPS_KEPT * Group::SIZE + FACTORS_SIZE, AT_WEIGHTS = Scales::SIZE + STEPS * PIECES_SIZE;
     static_assert(AT_WEIGHTS + WARPS * SIZE <= SHARED_SIZE && STEPS_KEPT <= STEPS_A_ROW + 1, "inputs and weights must fit");
-    int group = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    int group = (threadIdx.x >> 5) * gridDim.x + blockIdx.x, lane = threadIdx.x & 31;
     u8 *stages = shared + AT_WEIGHTS + (threadIdx.x >> 5) * SIZE, *factors = stages + STEPS_KEPT * Group::SIZE;
     LaneScales<F> next;
     if (group < GROUPS) next.read(w, Group::row(group), 0);
     int number = threadIdx.x == 0 ? count[0] : 0;
 #pragma unroll 1
-    for (int step = 0; step < STEPS; step++) copy_pieces<K, STEP>(shared + SCALES_SIZE + step * PIECES_SIZE, (const u8*)codes + step * STEP, 0);
-    copy_pieces<K / 4, SCALES>(shared, (const u8*)scales, 0);
+    for (int step = 0; step < STEPS; step++) copy_pieces<K, STEP>(shared + Scales::SIZE + step * PIECES_SIZE, (const u8*)codes + step * STEP, 0);
 #pragma unroll 1
     for (int step = 0; step < STEPS_KEPT - 1; step++) Group::copy(w, stages + step * Group::SIZE, group, step);
+    Scales::put(shared, scales);
     if (threadIdx.x == 0) num_columns = number;
     wait_copies<STEPS_KEPT - 2>();
     __syncthreads();
+    const u8 *lane_factors = factors + lane / 4 * 16, *lane_scales = shared + lane % 4 * 8 * TOGETHER;
     int now = 0;
 #pragma unroll 1
     for (; group < GROUPS; group += gridDim.x * WARPS) {
-        Sums<ROW_TILES> totals;
+        Sums<1> totals;
 #pragma unroll
-        for (int i = 0; i < 4 * ROW_TILES * COLUMN_TILES; i++) totals[i / (4 * COLUMN_TILES)][i / 4 % COLUMN_TILES][i % 4] = -0.f;
+        for (int i = 0; i < 4 * COLUMN_TILES; i++) totals[0][i / 4][i % 4] = -0.f;
 #pragma unroll 1
         for (int segment = 0; segment < SEGMENTS; segment++) {
             __syncwarp();
@@ -587,23 +639,20 @@ template <class F> DEVICE void stream(const Weight& w, const i8* codes, const fl
             bool last = segment == SEGMENTS - 1;
             int group_then = last ? group + gridDim.x * WARPS : group;
             if (group_then < GROUPS) next.read(w, Group::row(group_then), last ? 0 : segment + 1);
-            Sums<ROW_TILES> sums = {};
+            Sums<1> sums = {};
 #pragma unroll 1
             for (int step = 0; step < STEPS; step++) {
                 wait_copies<STEPS_KEPT - 2>();
                 __syncwarp();
                 int before = now == 0 ? (STEPS_KEPT - 1) * Group::SIZE : now - Group::SIZE;
                 Group::copy(w, stages + before, group, segment * STEPS + step + STEPS_KEPT - 1);
-                const u8 *here = stages + now, *x = shared + SCALES_SIZE + step * PIECES_SIZE + segment * COLUMNS * STEP;
-                auto place = [=](int r, int chunk) { return here + Group::place(r, chunk); };
-                multiply_step<F, 1, 128>(sums, place, factors + (threadIdx.x & 31) / 4 * 16, x, shared + segment * COLUMNS * SCALES, step);
+                const u8* x = shared + Scales::SIZE + step * PIECES_SIZE + segment * COLUMNS * STEP;
+                int block = step * (STEP / 32);
+                stream_step<F>(sums, stages + now, lane_factors + block * 128, x, lane_scales + (segment * 8 + block) * Scales::BLOCK);
                 now = now == (STEPS_KEPT - 1) * Group::SIZE ? 0 : now + Group::SIZE;
             }
 #pragma unroll
-            for (int i = 0; i < 4 * ROW_TILES * COLUMN_TILES; i++) {
-                int t = i / (4 * COLUMN_TILES), n = i / 4 % COLUMN_TILES;
-                totals[t][n][i % 4] += sums[t][n][i % 4];  // the first to -0, which changes no bit of it
-            }
+            for (int i = 0; i < 4 * COLUMN_TILES; i++) totals[0][i / 4][i % 4] += sums[0][i / 4][i % 4];  // the first to -0, which changes no bit of it
         }
         put_totals(totals, out + Group::first_row(group));
     }

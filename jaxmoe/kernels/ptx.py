@@ -114,6 +114,11 @@ def shared_limit() -> int:
     return _SHARED_SIZES.get(capability, SMALL_SHARED)
 
 
+def has_clusters() -> bool:
+    """Whether blocks can be clusters: from capability 9.0 on, but for GPUs of little shared memory."""
+    return shared_limit() >= _SHARED_SIZES["9.0"]
+
+
 def knows_multiprocessors() -> bool:
     """Whether the device says how many it has; without a GPU any number will do."""
     return jax.default_backend() != "gpu" or hasattr(jax.devices()[0], "core_count")
