@@ -472,19 +472,21 @@ static void run_waiting(std::vector<std::unique_ptr<Block>> waiting) {
         }
     }
 }
-// One block after the other; those that wait for others go on by turns.
+// One block after the other; those that wait for others go on by turns. When there is room for but one more, blocks come
+// from the grid's other end: they may be what is waited for.
 static void run_grid() {
     long count = (long)launch->grid[0] * launch->grid[1] * launch->grid[2];
     std::vector<std::unique_ptr<Block>> waiting;
     std::unique_ptr<Block> block;
-    for (long i = 0; i < count && !failed; i++) {
+    for (long first = 0, last = count - 1; first <= last && !failed;) {
+        bool is_full = (waiting.size() + 2) * num_threads > launch->num_stacks;
         if ((waiting.size() + 1) * num_threads > launch->num_stacks) {
             say("%d blocks wait for others: more than are emulated", (int)waiting.size());
             failed = true;
             return;
         }
         if (!block) block.reset(new Block(num_threads));
-        block->number = launch->reversed ? count - 1 - i : i;
+        block->number = (launch->reversed != 0) != is_full ? last-- : first++;
         begin_block(*block, (int)waiting.size());
         if (run_block() || failed) continue;
         leave_block(*block);

@@ -189,13 +189,13 @@ def test_blocks_that_take_several_segments_give_the_same_bits(
 ) -> None:
     state = decode_arrays(NARROW, 11, (1300, 700), 64)
     wanted = decode(state, NARROW)
-    monkeypatch.setattr(attention, "_BLOCKS", blocks)
+    monkeypatch.setattr(attention, "_num_blocks", lambda *_: blocks)
     assert same(decode(state, NARROW), wanted)
 
 
 def test_less_shared_memory_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     state = decode_arrays(WIDE, 17, (1300, 513), 256)
-    monkeypatch.setattr(attention, "_BLOCKS", 4)
+    monkeypatch.setattr(attention, "_num_blocks", lambda *_: 4)
     wanted = decode(state, WIDE)
     monkeypatch.setattr(attention, "_has_large_shared", lambda: False)
     assert same(decode(state, WIDE), wanted)
@@ -207,7 +207,7 @@ def test_a_plan_gives_each_segment_to_one_block(
     monkeypatch: pytest.MonkeyPatch, positions: tuple[int, ...], blocks: int
 ) -> None:
     state = decode_arrays(NARROW, 19, positions, 64)
-    monkeypatch.setattr(attention, "_BLOCKS", blocks)
+    monkeypatch.setattr(attention, "_num_blocks", lambda *_: blocks)
     macros = attention._macros(NARROW, state["keys"], state["tables"])
     active, at, tables, count = (state[name] for name in ("active", "positions", "tables", "count"))
     plans = np.asarray(attention._plan(active, at, tables, count, macros))
@@ -227,7 +227,11 @@ def test_a_plan_gives_each_segment_to_one_block(
         assert bounds == sorted(set(bounds))
         assert not any(bound % (1 << int(mine[0, 0, 6])) for bound in bounds[:-1])
         starts = 128 * mine[:, 0, 3, None] + np.arange(0, 128, 16)
-        np.testing.assert_array_equal(mine[:, :, 7], np.asarray(state["tables"])[slot, starts // 64])
+        table = np.asarray(state["tables"])[slot]
+        np.testing.assert_array_equal(mine[:, :, 7], table[starts // 64])
+        np.testing.assert_array_equal(mine[:, :, 8], table[np.minimum(starts // 64 + 2, len(table) - 1)])
+        assert (mine[:, :, 9] == table[position // 64]).all()
+    np.testing.assert_array_equal(plans[:, 0, 10] > 0, np.arange(len(plans)) + blocks < len(busy))
 
 
 def test_fewer_rows_a_block_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

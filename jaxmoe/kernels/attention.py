@@ -32,7 +32,7 @@ _FEW_QUERY_ROWS, _FEW_STAGES = 64, 1
 _LARGE_SHARED = ("9.0", "10.0", "10.3")
 # Of a segment's keys or values, what a block of decode has on their way or in use at once.
 _BUFFERS, _FEW_BUFFERS = 3, 2
-_BLOCKS = 264  # of decode that run at once: two on each of the 132 multiprocessors of an H200
+_SEGMENTS_A_PROCESSOR = 4  # to so many of a key head, parts in decode are segments, not runs
 
 _Macros = dict[str, int | float | str]
 
@@ -64,7 +64,7 @@ def attend_decode(
     """
     num_rows, num_kv_heads = qkv.shape[0], config.num_kv_heads
     width = config.num_heads * config.head_dim
-    macros = _macros(config, keys, tables)
+    macros = _macros(config, keys, tables, num_rows)
     plans = _plan(active, positions, tables, count, macros)
     assert counters.shape[0] >= num_rows * num_kv_heads
     part = config.num_heads // num_kv_heads, config.head_dim + 4
@@ -76,7 +76,7 @@ def attend_decode(
         macros,
         (qkv, q_norm, k_norm, cos, sin, plans, tables, keys, values, counters),
         [*outputs, jax.ShapeDtypeStruct(parts, jnp.float32)],
-        grid=(num_kv_heads, plans.shape[0], 1),
+        grid=(num_kv_heads, int(macros["DECODE_BLOCKS"]), 1),
         threads=_THREADS,
         shared_size=decode_shared_size(config, _buffers()),
         number=layer,
@@ -91,7 +91,7 @@ def _plan(active: Array, positions: Array, tables: Array, count: Array, macros: 
     It is the same in all layers: the compiler keeps one of the equal calls.
     """
     blocks = int(macros["DECODE_BLOCKS"]) + active.shape[0]
-    output = jax.ShapeDtypeStruct((blocks, _WARPS, 8), jnp.int32)
+    output = jax.ShapeDtypeStruct((blocks, _WARPS, 12), jnp.int32)
     arrays = active, positions, tables, count
     return ptx.launch(_FILE, "plan_decode", macros, arrays, [output], grid=(blocks, 1, 1), threads=32)[0]
 
@@ -186,15 +186,22 @@ def variants(config: ModelConfig) -> Iterator[tuple[str, str, _Macros, int]]:
         yield _FILE, name, _macros(config, keys, tables), size
 
 
-def _macros(config: ModelConfig, keys: Any, tables: Any) -> _Macros:
+def _macros(config: ModelConfig, keys: Any, tables: Any, num_rows: int = 1) -> _Macros:
     rows, stages = _query_rows()
     return cache_macros(config, keys, tables) | {
         "NUM_SEGMENTS": num_segments(keys, tables),
         "QUERY_ROWS": rows,
         "STAGES": stages,
         "BUFFERS": _buffers(),
-        "DECODE_BLOCKS": max(1, _BLOCKS // config.num_kv_heads),
+        "DECODE_BLOCKS": max(1, _num_blocks(config, num_rows) // config.num_kv_heads),
+        "MOST_SEGMENTS": max(1, _SEGMENTS_A_PROCESSOR * ptx.num_multiprocessors() // config.num_kv_heads),
     }
+
+
+def _num_blocks(config: ModelConfig, num_rows: int) -> int:
+    """Blocks of decode: one a multiprocessor where each row can have its own and no two meet, else two."""
+    processors = ptx.num_multiprocessors()
+    return processors if num_rows * config.num_kv_heads <= processors else 2 * processors
 
 
 def cache_macros(config: ModelConfig, keys: Any, tables: Any) -> _Macros:

@@ -293,6 +293,11 @@ DEVICE void look_again(u32& looks) {
     if (++looks == MOST_LOOKS) __trap();
     let_others_run();
 }
+// Numbers as words that are 0 until the number is there. None that is computed has all bits set; if one had, it would come
+// as another NaN.
+DEVICE void put_number(u32* word, float v) { write_word(word, max(~__float_as_uint(v), 1u)); }
+DEVICE float number_of(u32 word) { return __uint_as_float(~word); }
+
 // Until other blocks of the launch have made a counter so high.
 DEVICE void wait_for(const int* counter, int number) {
     u32 looks = 0;

@@ -112,10 +112,6 @@ template <u64... MASKS> DEVICE Place place_of(int layer) {
 
 // --- Words.
 
-// No number that is computed has all bits set; if one had, it would come as another NaN.
-DEVICE void put_number(u32* word, float v) { write_word(word, max(~__float_as_uint(v), 1u)); }
-DEVICE float number_of(u32 word) { return __uint_as_float(~word); }
-
 // Four codes, none of which is -128.
 constexpr u32 CODES_MARK = 0x80808080u;
 DEVICE void put_four_codes(u32* word, u32 codes) { write_word(word, max(codes ^ CODES_MARK, 1u)); }

@@ -27,44 +27,22 @@ constexpr int PARTS = IS_PAIRED ? PAIRS : SEGMENTS;  // sums that blocks leave o
 constexpr int PER_LANE = (E + 31) / 32;
 constexpr int STRIDE = (PARTS * E + SEGMENTS + 3) / 4 * 4;  // a token's parts, then its sums of squares
 
-// A lane's neighbouring experts: one part of their sums.
-DEVICE void load_neighbours(float (&v)[PER_LANE], const float* sums) {
-    int first = threadIdx.x % 32 * PER_LANE;
-    if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k += 4) {
-            float4 four = __ldcg((const float4*)(sums + first + k));
-            v[k] = four.x, v[k + 1] = four.y, v[k + 2] = four.z, v[k + 3] = four.w;
-        }
-    } else {
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k++) v[k] = __ldcg(sums + min(first + k, E - 1));
-    }
-}
-
 // By one warp: the A highest of the logits of tokens first .. first + N - 1 below `end`, ties to the lower id, and
 // their softmax. The tokens go side by side, so that they wait together.
 template <int N>
-DEVICE void choose(const float* sums, const float (&squares)[N][SEGMENTS], int first, int end, int* ids,
+DEVICE void choose(const float (&values)[N][PARTS][PER_LANE], const float (&inverse)[N], int first, int end, int* ids,
                    float* weights) {
     int lane = threadIdx.x % 32;
     Ranked<PER_LANE> ranked[N];
-    float values[N][PARTS][PER_LANE];
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int s = 0; s < PARTS; s++)
-            load_neighbours(values[n][s], sums + (size_t)min(first + n, end - 1) * STRIDE + s * E);
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        float inverse = inverse_rms<D>(squares[n], EPS);
 #pragma unroll
         for (int k = 0; k < PER_LANE; k++) {
             float total = 0;
 #pragma unroll
             for (int s = 0; s < PARTS; s += IS_PAIRED ? 1 : 2)
                 total += IS_PAIRED || s + 1 == PARTS ? values[n][s][k] : values[n][s][k] + values[n][s + 1][k];
-            ranked[n].words[k] = lane * PER_LANE + k < E ? max(ordered_word(total * inverse), 1u) : 0u;
+            ranked[n].words[k] = lane * PER_LANE + k < E ? max(ordered_word(total * inverse[n]), 1u) : 0u;
         }
         ranked[n].sort();
     }
@@ -87,6 +65,36 @@ DEVICE void choose(const float* sums, const float (&squares)[N][SEGMENTS], int f
     }
 }
 
+#ifndef ROUTE_FEW
+// A lane's neighbouring experts: one part of their sums.
+DEVICE void load_neighbours(float (&v)[PER_LANE], const float* sums) {
+    int first = threadIdx.x % 32 * PER_LANE;
+    if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k += 4) {
+            float4 four = __ldcg((const float4*)(sums + first + k));
+            v[k] = four.x, v[k + 1] = four.y, v[k + 2] = four.z, v[k + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) v[k] = __ldcg(sums + min(first + k, E - 1));
+    }
+}
+
+// The same of tokens whose sums lie in memory.
+template <int N>
+DEVICE void choose_of(const float* sums, const float (&squares)[N][SEGMENTS], int first, int end, int* ids, float* weights) {
+    float values[N][PARTS][PER_LANE], inverse[N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int s = 0; s < PARTS; s++)
+            load_neighbours(values[n][s], sums + (size_t)min(first + n, end - 1) * STRIDE + s * E);
+#pragma unroll
+    for (int n = 0; n < N; n++) inverse[n] = inverse_rms<D>(squares[n], EPS);
+    choose<N>(values, inverse, first, end, ids, weights);
+}
+
 // Whether this block is the last of `blocks` to come here; what the others wrote before is then visible. The
 // last one puts the counter back to zero.
 DEVICE bool is_last(int* counter, int blocks) {
@@ -99,6 +107,7 @@ DEVICE bool is_last(int* counter, int blocks) {
     __syncthreads();
     return arrived == blocks - 1;
 }
+#endif
 
 DEVICE void multiply_add(float& sum, float4 w, float4 y) {
     sum = fmaf(w.x, y.x, sum);
@@ -168,11 +177,11 @@ route_row(const float* x, const float* norm, const float* w, const int*, const i
         if (expert < E) sums[i % PAIRS * E + expert] = sum_of_chains(one) + sum_of_chains(other);
     }
     if (!is_last(counters, gridDim.x) || warp > 0) return;
-    choose<1>(sums, squares, 0, 1, ids, weights);
+    choose_of<1>(sums, squares, 0, 1, ids, weights);
 }
 #endif
 
-#if defined(ROUTE_FEW) || defined(ROUTE_MANY)
+#if defined(ROUTE_MANY)
 // The sums of squares of one segment of N tokens of a tile, which its `blocks` share among them: token k of a block is
 // blockIdx.x + k * blocks. Past the end the last one is summed once more.
 template <int TOKENS, int N>
@@ -207,7 +216,7 @@ DEVICE void choose_tile(const float* sums, int first_token, int end, int* ids, f
 #pragma unroll
             for (int s = 0; s < SEGMENTS; s++)
                 squares[n][s] = __ldcg(sums + (size_t)min(first + n, end - 1) * STRIDE + PARTS * E + s);
-        choose<N>(sums, squares, first, last, ids, weights);
+        choose_of<N>(sums, squares, first, last, ids, weights);
     }
 }
 #endif
@@ -231,6 +240,7 @@ DEVICE void fetch(float4* rows, const float* x, const float* w, int first_token,
         int expert = min((int)blockIdx.x * TILE_E + i - TILE_T, E - 1), token = min(first_token + i, limit - 1);
         const float* row = i < TILE_T ? x + (size_t)token * D : w + (size_t)expert * D;
         copy_async(rows + i * PITCH + place, row + column);
+        if (k == COPIES - 1) commit_copies();  // the tokens are there sooner
     }
     commit_copies();
 }
@@ -265,21 +275,66 @@ DEVICE void sum_chains(float4* rows) {
     __syncthreads();
 }
 
-// The norm of a token, rounded; and zeros for what follows to count in.
-DEVICE void norm_token(const float* x, const float* g, int token, bool is_real, u8* codes, float* scales, int* zeros) {
-    __shared__ float segment_sums[SEGMENTS];
-    Rounding<D, WARPS> rounding;
-    size_t row = token;
-    rounding.norm(x + row * D, g, EPS, segment_sums, codes + row * D, scales + row * (D / GROUP * 2), is_real);
-    if (token > 0) return;
-    for (int i = threadIdx.x; i < ZEROS; i += THREADS) zeros[i] = 0;
+// The words of a segment of a lane's neighbouring experts; whether they are all there.
+DEVICE bool read_neighbours(float (&v)[PER_LANE], const u32* words, int first) {
+    u32 found[PER_LANE];
+    if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k += 4) {
+            uint4 four = read_words(words + first + k);
+            found[k] = four.x, found[k + 1] = four.y, found[k + 2] = four.z, found[k + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) found[k] = first + k < E ? read_word(words + first + k) : 1u;
+    }
+    bool is_there = true;
+#pragma unroll
+    for (int k = 0; k < PER_LANE; k++) is_there &= found[k] > 0, v[k] = number_of(found[k]);
+    return is_there;
 }
 
-// Some tokens: grid (tiles of experts, tiles of tokens, segments); the last block of a tile of tokens chooses for it. Behind
-// the last segment, so that they start last, are blocks for the norm of a token each.
+// What a lane's neighbouring experts have of all segments, as soon as other blocks have written it; zeros take its place.
+DEVICE void take_sums(float (&values)[1][SEGMENTS][PER_LANE], u32* words) {
+    int first = threadIdx.x % 32 * PER_LANE;
+    u32 looks = 0;
+    bool is_there = false;
+    while (!is_there) {
+        is_there = true;
+#pragma unroll
+        for (int s = 0; s < SEGMENTS; s++) is_there &= read_neighbours(values[0][s], words + s * E, first);
+        if (!is_there) look_again(looks);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++)
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++)
+            if (first + k < E) words[s * E + first + k] = 0;
+}
+
+// The norm of a token, rounded; its experts; and zeros for what follows to count in.
+DEVICE void finish_token(const float* x, const float* g, int token, bool is_real, u32* words, int* ids, float* weights,
+                         u8* codes, float* scales, int* zeros) {
+    __shared__ float squares[SEGMENTS];
+    Rounding<D, WARPS> rounding;
+    size_t row = token;
+    rounding.norm(x + row * D, g, EPS, squares, codes + row * D, scales + row * (D / GROUP * 2), is_real);
+    if (token == 0)
+        for (int i = threadIdx.x; i < ZEROS; i += THREADS) zeros[i] = 0;
+    // the second warp chooses among nothing while the first waits, which brings the instructions
+    bool waits = threadIdx.x < 32;
+    if (threadIdx.x >= 64 || !is_real) return;
+    float values[1][SEGMENTS][PER_LANE] = {}, inverse[1] = {inverse_rms<D>(squares, EPS)};
+    if (waits) take_sums(values, words + row * SEGMENTS * E);
+    choose<1>(values, inverse, token, waits ? token + 1 : token, ids, weights);
+}
+
+// Some tokens: grid (tiles of experts, tiles of tokens, segments). Behind the last segment, so that they start last, is a
+// block for each token: its norm, and the choice among its logits as soon as `words` has them.
 KERNEL(THREADS, 1)
 route_few(const float* x, const float* norm, const float* w, const int* count, const int*, int* ids, float* weights,
-          int* counters, float* sums, u8* codes, float* scales, int* zeros) {
+          u32* words, u8* codes, float* scales, int* zeros) {
     extern __shared__ __align__(16) u8 shared[];
     float4* rows = (float4*)shared;
     int first_token = blockIdx.y * TILE_T, limit = (gridDim.y - 1) * TILE_T + REST;
@@ -287,23 +342,23 @@ route_few(const float* x, const float* norm, const float* w, const int* count, c
     norm += (size_t)(number % NORMS) * D;
     if (blockIdx.z >= SEGMENTS) {
         int token = first_token + (blockIdx.z - SEGMENTS) * tiles_of_experts + blockIdx.x;
-        if (token < min(first_token + TILE_T, limit)) norm_token(x, norm, token, token < *count, codes, scales, zeros);
+        if (token < min(first_token + TILE_T, limit))
+            finish_token(x, norm, token, token < *count, words, ids, weights, codes, scales, zeros);
         return;
     }
     fetch(rows, x, w + (size_t)index * E * D, first_token, limit);
     int end = min(first_token + TILE_T, min(*count, limit));  // read once the copies are on their way
     int place = threadIdx.x % WIDTH;
     float4 g = load_columns(norm, blockIdx.z * SEGMENT + place * 4);
-    for (int k = threadIdx.x / 32; k * tiles_of_experts < TILE_T; k += WARPS)
-        add_squares<TILE_T, 1>(k, tiles_of_experts, blockIdx.z, x, first_token, limit, sums);
-    if (first_token >= end) return;
-    wait_copies<0>();
+    wait_copies<1>();
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {  // those that this thread fetched
         float4& y = rows[(threadIdx.x / WIDTH + i * (THREADS / WIDTH)) * PITCH + place];
         y = times(y, g);
     }
+    wait_copies<0>();
     __syncthreads();
+    if (first_token >= end) return;
     sum_chains(rows);
 #pragma unroll
     for (int i = threadIdx.x; i < TILE_T * TILE_E; i += THREADS) {
@@ -313,10 +368,8 @@ route_few(const float* x, const float* norm, const float* w, const int* count, c
 #pragma unroll
         for (int chain = 0; chain < CHAINS; chain++) sum += from[chain * CHAIN_PITCH];
         if (first_token + token < end && expert < E)
-            sums[(size_t)(first_token + token) * STRIDE + blockIdx.z * E + expert] = sum;
+            put_number(words + ((size_t)(first_token + token) * SEGMENTS + blockIdx.z) * E + expert, sum);
     }
-    if (is_last(counters + blockIdx.y, tiles_of_experts * SEGMENTS))
-        choose_tile<TILE_T / WARPS>(sums, first_token, end, ids, weights);
 }
 #endif
 

@@ -1,8 +1,9 @@
 """The router: each token's A best experts and their weights; and (token, expert) pairs grouped by expert.
 
 The kernels are in router.cu. `counters` is int32 [NUM_COUNTERS], zero before and after each kernel that has
-it, attention's too; the router uses counters[i] for the i-th tile of tokens, grouping uses none. Three
-kernels route: one row, few rows and many; they give the same bits. That for few also makes their norm.
+it, attention's too; for many rows the router uses counters[i] for the i-th tile of tokens, for few it hands
+the logits' parts over there, grouping uses none. Three kernels route: one row, few rows and many; they give
+the same bits. That for few also makes their norm.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from jaxmoe.kernels.rounding import Rounded, readable, rounded_shapes
 from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
 
 FILE: Final = "router.cu"
-NUM_COUNTERS: Final = 16384  # of attention too: key heads times slots
+NUM_COUNTERS: Final = 1 << 20  # of attention too: key heads times slots
 SEGMENT: Final = 256
 MAX_EXPERTS: Final = 256
 MAX_EXPERTS_PER_TOKEN: Final = 16
-_VARIANTS: Final = (1, 8, 64, 2048)
+_VARIANTS: Final = (1, 8, 32, 64, 2048)
 _COMPARED_ROWS: Final = (1, 3, 13, 64, 300, 1100)
 _COMPARED_TILES: Final = (8, 32, 64)
 _THREADS: Final = 256
@@ -50,13 +51,13 @@ class _Cut:
     shared_size: int
 
 
-def _cut(rows: int) -> _Cut:
+def _cut(rows: int, config: ModelConfig) -> _Cut:
     if rows == 1:
         return _Cut("route_row", _ROW_EXPERTS, 1, {"ROUTE_ROW": 1}, 0)
-    if rows <= _MOST_FEW:
+    if makes_norms(rows, config):
         # few tokens: many small blocks, or the weights would come through too few multiprocessors
-        experts, tokens, each = (16, 8, (4, 2)) if rows <= 16 else (32, 16, (4, 8))
-        defines: Defines = {"ROUTE_FEW": 1, "TILE_E": experts, "TILE_T": tokens, "NE": each[0], "NT": each[1]}
+        experts, tokens, here = (16, 8, 2) if rows <= 16 else (16, 16, 4) if rows <= 32 else (32, 16, 8)
+        defines: Defines = {"ROUTE_FEW": 1, "TILE_E": experts, "TILE_T": tokens, "NE": 4, "NT": here}
         return _Cut("route_few", experts, tokens, defines, (experts + tokens) * (SEGMENT // 4 + 1) * 16)
     size = _MANY_STAGES * (_MANY_EXPERTS + _MANY_TOKENS) * 9 * 16
     return _Cut("route_many", _MANY_EXPERTS, _MANY_TOKENS, {"ROUTE_MANY": 1}, size)
@@ -75,9 +76,10 @@ class Routed(NamedTuple):
     zeros: Array | None = None
 
 
-def makes_norms(rows: int) -> bool:
+def makes_norms(rows: int, config: ModelConfig) -> bool:
     """Whether `route` also gives the norm of so many rows."""
-    return 1 < rows <= _MOST_FEW
+    parts = rows * config.num_experts * (config.d_model // SEGMENT)
+    return 1 < rows <= _MOST_FEW and parts <= NUM_COUNTERS
 
 
 def route(
@@ -103,11 +105,12 @@ def route(
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.int32),
         jax.ShapeDtypeStruct((rows, config.experts_per_token), jnp.float32),
         jax.ShapeDtypeStruct(counters.shape, jnp.int32),
-        jax.ShapeDtypeStruct((rows, _num_sums(name, config)), jnp.float32),
     ]
-    if makes_norms(rows):
+    if makes_norms(rows, config):
         shapes += [*rounded_shapes(rows, width), jax.ShapeDtypeStruct((num_zeros,), jnp.int32)]
-    ids, weights, counters, _, *rest = ptx.launch(
+    else:
+        shapes.append(jax.ShapeDtypeStruct((rows, _num_sums(config)), jnp.float32))
+    ids, weights, counters, *rest = ptx.launch(
         FILE,
         name,
         defines,
@@ -119,21 +122,16 @@ def route(
         number=index * norm.shape[0] + layer,
         aliases={4: 2},
     )
-    if not rest:
+    if len(rest) == 1:
         return Routed(ids, weights, counters)
     codes, scales, zeros = rest
     return Routed(ids, weights, counters, Rounded(codes, scales), zeros)
 
 
-def _num_parts(name: str, config: ModelConfig) -> int:
-    """How many sums of each logit the blocks leave for the last one: of segments, or of pairs of them."""
+def _num_sums(config: ModelConfig) -> int:
+    """Floats that blocks leave of a token for the last one: pairs of segments of logits, sums of squares."""
     num_segments = config.d_model // SEGMENT
-    return num_segments if name == "route_few" else -(-num_segments // 2)
-
-
-def _num_sums(name: str, config: ModelConfig) -> int:
-    """Floats that blocks leave of a token for the last one: parts of logits and the sums of squares."""
-    return -(-(_num_parts(name, config) * config.num_experts + config.d_model // SEGMENT) // 4) * 4
+    return -(-(-(-num_segments // 2) * config.num_experts + num_segments) // 4) * 4
 
 
 def _route_launch(
@@ -149,17 +147,19 @@ def _route_launch(
         "NORMS": num_norms,
         "EPS": float(config.norm_eps),
     }
-    cut = _cut(rows)
+    cut = _cut(rows, config)
     expert_tiles, token_tiles = -(-config.num_experts // cut.experts), -(-rows // cut.tokens)
     assert token_tiles <= NUM_COUNTERS, f"{rows} rows are more than the router takes"
     defines |= cut.defines
     if rows == 1:
         return cut.name, defines, (expert_tiles, 1, 1), 0
     defines["REST"] = rows - (token_tiles - 1) * cut.tokens
-    depth = _num_parts(cut.name, config)
-    if makes_norms(rows):
+    num_segments = config.d_model // SEGMENT
+    if makes_norms(rows, config):
         defines["ZEROS"] = num_zeros
-        depth += -(-cut.tokens // expert_tiles)  # the blocks of the norms
+        depth = num_segments + -(-cut.tokens // expert_tiles)  # the blocks that choose
+    else:
+        depth = -(-num_segments // 2)
     return cut.name, defines, (expert_tiles, token_tiles, depth), cut.shared_size
 
 
@@ -278,7 +278,7 @@ def _route_comparison(config: ModelConfig, rng: np.random.Generator, rows: int) 
 
     def twin(x: Array, norm: Array, w: Array, count: Array, counters: Array) -> tuple[Array, ...]:
         routed = route_twin(x, norm, w, count, counters, config=config, layer=layer, index=index)
-        if not makes_norms(rows):
+        if not makes_norms(rows, config):
             return routed
         normed = norm_quantise_twin(x, norm, count, eps=config.norm_eps, layer=layer)
         return (*routed, *readable(Rounded(*normed)), jnp.zeros(1, jnp.int32))
