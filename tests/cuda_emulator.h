@@ -100,9 +100,9 @@ emulator_switch:
 
 namespace emulator {
 
-enum Wait { RUNNING, BARRIER, SHUFFLE, VOTE, SYNCWARP, MMA, LDMATRIX, BLOCKS, RETURNED };
+enum Wait { RUNNING, BARRIER, SHUFFLE, VOTE, SYNCWARP, MMA, LDMATRIX, PHASE, BLOCKS, RETURNED };
 static const char* const WAIT_NAMES[] = {"nothing", "__syncthreads",   "a shuffle",    "a vote", "__syncwarp",
-                                         "a mma",   "load_transposed", "other blocks", "its end"};
+                                         "a mma",   "load_transposed", "a phase", "other blocks", "its end"};
 static const int MAX_THREADS = 1024;
 static const size_t STACK_SIZE = 128 * 1024 + 320;  // not a power of two: the tops must not share a cache set
 
@@ -119,8 +119,9 @@ struct Fiber {
     Wait wait;
     int line;
     const char* file;
-    int groups;    // committed
-    int arrivals;  // at its cluster's barrier
+    int groups;              // committed
+    int arrivals;            // at its cluster's barrier
+    const uint64_t* phases;  // that it waits at
     std::vector<Copy> copies;
 };
 
@@ -279,6 +280,27 @@ __attribute__((noinline)) static void barrier(int line, const char* file) {
     num_at_barrier++, num_steps++;
     open_barrier();
     if (running->wait == BARRIER) run_next();
+}
+
+// A barrier of phases: how many have to arrive, how many still have to, and the phase.
+struct Phases {
+    uint16_t all, left;
+    uint32_t phase;
+};
+static void init_phases(uint64_t* p, int arrivals) { *(Phases*)p = {(uint16_t)arrivals, (uint16_t)arrivals, 0}; }
+static void arrive(uint64_t* p) {
+    Phases& phases = *(Phases*)p;
+    num_steps++;
+    if (--phases.left) return;
+    phases.left = phases.all, phases.phase ^= 1;
+    for (int i = 0; i < num_threads; i++)
+        if (fibers[i].wait == PHASE && fibers[i].phases == p) warps[i / 32].ready |= 1u << (i % 32), ready_warps |= 1u << (i / 32);
+}
+__attribute__((noinline)) static void wait_phase(uint64_t* p, uint32_t parity, int line, const char* file) {
+    while (((Phases*)p)->phase == parity) {
+        running->wait = PHASE, running->phases = p, running->line = line, running->file = file;
+        run_next();
+    }
 }
 
 // The thread looks again when other blocks have run.
@@ -1012,6 +1034,15 @@ static inline void copy_async(void* shared, const void* global, bool wanted = tr
 static inline void commit_copies() { emulator::running->groups++; }
 template <int PENDING> static inline void wait_copies() {
     emulator::complete(*emulator::running, emulator::running->groups - PENDING);
+}
+static inline void init_phases(unsigned long long* p, int arrivals) { emulator::init_phases((uint64_t*)p, arrivals); }
+static inline void arrive(unsigned long long* p) { emulator::arrive((uint64_t*)p); }
+static inline void arrive_with_copies(unsigned long long* p) {
+    emulator::complete(*emulator::running, emulator::running->groups + 1);
+    emulator::arrive((uint64_t*)p);
+}
+static inline void wait_phase(unsigned long long* p, unsigned parity, EMULATOR_CALLER) {
+    emulator::wait_phase((uint64_t*)p, parity, line, file);
 }
 static inline float exp2_fast(float x) {
     float y = exp2f(fabsf(x) < 0x1p-126f ? 0.f : x);

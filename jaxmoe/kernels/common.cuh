@@ -121,6 +121,12 @@ DEVICE void expect_bulk(u64* barrier, u32 size) {
     u32 address = (u32)__cvta_generic_to_shared(barrier);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(size) : "memory");
 }
+// Whether this lane is the one of its warp that does what one does: the assembler then makes no loops over lanes.
+DEVICE bool is_bulk_copier() {
+    u32 is_one;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(is_one));
+    return is_one;
+}
 constexpr int BULK_COPIERS = 1;  // lanes of a warp that are worth sharing a copy
 // `size` bytes, all multiples of 16, from global to shared memory in the background. Most are weights, read once a step: they
 // leave the L2 cache before what kernels hand each other.
@@ -165,6 +171,29 @@ DEVICE bool is_bulk_there(u64* barrier, u32 parity) {
     return is_there;
 }
 #endif
+// A barrier of phases: one ends when so many threads have arrived, with parity 0 and 1 in turn.
+DEVICE void init_phases(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(arrivals) : "memory");
+}
+DEVICE void arrive(u64* barrier) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+// Once what this thread copies in the background is there.
+DEVICE void arrive_with_copies(u64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+DEVICE bool is_phase_over(u64* barrier, u32 parity) {
+    u32 address = (u32)__cvta_generic_to_shared(barrier), is_over;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#else
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#endif
+                 : "=r"(is_over)
+                 : "r"(address), "r"(parity)
+                 : "memory");
+    return is_over;
+}
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -174,11 +203,6 @@ DEVICE u32 highest_of_lanes(u32 v) {
     u32 highest;
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(highest) : "r"(v));
     return highest;
-}
-DEVICE int sum_of_lanes(int v) {
-    int sum;
-    asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(sum) : "r"(v));
-    return sum;
 }
 // Adds and returns what was there. What this thread, and its block before a barrier, wrote is seen by whoever adds
 // later, and it sees what they wrote who added before.
@@ -247,10 +271,6 @@ DEVICE u32 highest_of_lanes(u32 v) {
     for (int offset = 16; offset; offset >>= 1) v = max(v, __shfl_xor_sync(ALL_LANES, v, offset));
     return v;
 }
-DEVICE int sum_of_lanes(int v) {
-    for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(ALL_LANES, v, offset);
-    return v;
-}
 DEVICE int add_in_order(int* counter, int number) { return atomicAdd(counter, number); }
 DEVICE void add_after(int* counter, int number) { atomicAdd(counter, number); }
 DEVICE int read_after(const int* counter) { return *counter; }
@@ -268,6 +288,7 @@ DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
 #if defined(EMULATED) || __CUDA_ARCH__ < 900
 // Older GPUs have no bulk copies: pieces of 16 bytes by one thread or shared by `lanes`, whose own wait_copies waits for them.
 constexpr int BULK_COPIERS = 32;
+DEVICE bool is_bulk_copier() { return true; }
 DEVICE void fence_bulk() {}
 DEVICE void init_bulk(u64*) {}
 DEVICE void expect_bulk(u64*, u32) {}
@@ -305,6 +326,12 @@ DEVICE void wait_for(const int* counter, int number) {
     __syncwarp();
 }
 
+#ifndef EMULATED
+DEVICE void wait_phase(u64* barrier, u32 parity) {
+    u32 looks = 0;
+    while (!is_phase_over(barrier, parity)) look_again(looks);
+}
+#endif
 // Until the bulk copies of the phase with this parity are there.
 DEVICE void wait_bulk(u64* barrier, u32 parity) {
     u32 looks = 0;

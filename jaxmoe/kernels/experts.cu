@@ -1,20 +1,22 @@
-// The experts of few rows in one launch, gate_up and then down, one block a multiprocessor, all at once. The blocks share
-// all (tile, rows) of a product out among them in runs; a tile is up to COLUMNS pairs (token, expert) of one expert. Most
-// warps multiply; FINISHING ones finish what the step before left in `parts`, and of down those without a unit too; the last
-// one fetches the weights of some steps ahead, each array of a step by one bulk copy. A step is STEP_ROWS rows of gate and of
-// up, or of down. Columns past a tile's last are whatever they are.
+// The experts of few rows in one launch, gate_up and then down, one block a multiprocessor, all at once. A tile is up to
+// COLUMNS pairs (token, expert) of one expert; a step is STEP_ROWS rows of gate and of up, or of down, of a tile. Blocks take
+// most steps in runs that are shared out beforehand, and the last ones from a counter, so that all end together. Most warps
+// multiply; FINISHING ones finish what was multiplied; one fetches the tiles' inputs and one the weights of some steps
+// ahead, each array of a step by one bulk copy. They wait for each other at barriers of phases, each warp on its own, so that
+// none keeps step with others. Columns past a tile's last are whatever they are.
 //
 // While a block's last steps of gate_up are multiplied, weights of down already come to where earlier ones lay. The hidden
 // rows of a tile are those of several blocks, which count in progress[tile] what they have finished.
 //
 // Macros: K inputs of gate_up, INNER of down; FORMAT_0 gate's, 1 up's, 2 down's; MATRICES experts, ACTIVE of a row; NUM_ROWS of
-// the step; BLOCKS. With LISTED the tiles come from `group`, otherwise each block finds them for itself. The launch number: the
-// place of gate and up in their stack * DOWNS + that of down.
+// the step; BLOCKS; ROW_TILES tiles of 16 rows in a step of down; for each product STAGES, the steps that are kept, and SUMS,
+// those whose sums are; DOWN_INPUTS tiles whose inputs are. With LISTED the tiles come from `group`, otherwise each block finds
+// them for itself. The launch number: the place of gate and up in their stack * DOWNS + that of down.
 #include "weights.cuh"
 
 extern __shared__ __align__(128) u8 shared[];
 
-constexpr int WARPS = THREADS / 32, FINISHING = 3, MULTIPLYING = WARPS - FINISHING - 1, COLUMNS = 8;  // of a tile
+constexpr int WARPS = THREADS / 32, FINISHING = 2, MULTIPLYING = WARPS - FINISHING - 2, COLUMNS = 8;  // of a tile
 
 // COLUMNS rows of inputs in shared memory, as they lie in global memory but for 16 bytes between, which keep the banks apart.
 template <int SEGMENTS> struct Inputs {
@@ -35,25 +37,6 @@ template <int SEGMENTS> struct Inputs {
     METHOD static void copy(u8* to, const i8* codes, const float* scales, int column, int row, int lane) {
 #pragma unroll 4
         for (int i = lane; i < PIECES; i += 32) copy_async(to + place(column, i), source(codes, scales, row, i));
-    }
-    // The rows of `count` columns, at once: copies in the background would come after those that were begun before.
-    template <class Row> METHOD static void fetch(u8* to, const i8* codes, const float* scales, int count, int apart, Row row, int lane) {
-        constexpr int TURN = 6, APART = 32;
-        int end = count * PIECES;
-#pragma unroll 1
-        for (int first = lane; first < end; first += TURN * APART) {
-            uint4 v[TURN];
-            int to_place[TURN];
-#pragma unroll
-            for (int i = 0; i < TURN; i++) {
-                int n = first + i * APART, column = n / PIECES, piece = n % PIECES;
-                if (n >= end) break;
-                v[i] = __ldcg((const uint4*)source(codes, scales, row(column), piece));
-                to_place[i] = place(column * apart, piece);
-            }
-#pragma unroll
-            for (int i = 0; i < TURN && first + i * APART < end; i++) *(uint4*)(to + to_place[i]) = v[i];
-        }
     }
 };
 
@@ -96,9 +79,9 @@ template <class F, class Rows, int NUM> struct UnitScales {
     static constexpr int S_WORDS = F::SPLIT ? 4 : 2, D_WORDS = F::WIDE_D ? 2 : 1;
     u32 s[NUM][S_WORDS], m[NUM][2], d[NUM][D_WORDS], d_m[NUM][D_WORDS];
     const u8* at_d;
-    u32 large;  // 2^23 as a float, from where the compiler does not see it: then it stays in a register
+    u32 large;  // 2^23 as a float, or 2^15 for signed bytes, from where the compiler does not see it: then it stays in a register
 
-    METHOD UnitScales(const u8* from, int row, int segment) : at_d(from + Rows::at_d(row, segment)), large(0x4B000000u + blockIdx.z) {
+    METHOD UnitScales(const u8* from, int row, int segment) : at_d(from + Rows::at_d(row, segment)), large((F::SIGNED ? 0x47000000u : 0x4B000000u) + blockIdx.z) {
         const u8 *at_s = from + Rows::at_s(row, segment), *at_m = from + Rows::at_m(row, segment);
 #pragma unroll
         for (int h = 0; h < NUM; h++) {
@@ -150,7 +133,7 @@ template <class F, class Rows, int NUM> struct UnitScales {
         return fmaf(__uint_as_float(__byte_perm(word, large, 0x7540 | (i & 3))), d, -8388608.f * d);
     }
     METHOD float times_signed(float d, u32 word, int i) const {  // of bytes to which 128 was added
-        return fmaf(__uint_as_float(__byte_perm(word, large - 0x4000000u, 0x7404 | (i & 3) << 4)), d, -32896.f * d);
+        return fmaf(__uint_as_float(__byte_perm(word, large, 0x7404 | (i & 3) << 4)), d, -32896.f * d);
     }
     template <bool SIXTEEN> METHOD float scale(int h, int pair, int i, int part) const {
         int block = 2 * pair + i;
@@ -324,13 +307,7 @@ struct Partial {
     }
 };
 DEVICE int flip_of_tile(int tile) { return tile % 2 * 4; }
-template <int SEGMENTS> DEVICE float total(const Partial* parts, int row, int column) {
-    float sum = parts[0].sums[column][row];
-#pragma unroll
-    for (int i = 1; i < SEGMENTS; i++) sum = sum + parts[i].sums[column][row];
-    return sum;
-}
-// The same of the four rows from `row` on.
+// The sums of four rows from `row` on.
 template <int SEGMENTS> DEVICE float4 totals(const Partial* parts, int row, int column) {
     float4 sum = *(const float4*)&parts[0].sums[column][row];
 #pragma unroll
@@ -341,15 +318,16 @@ template <int SEGMENTS> DEVICE float4 totals(const Partial* parts, int row, int 
     return sum;
 }
 
-// --- The two products. A step's units: 16 rows of one weight and one segment each.
+// --- The two products. A step's units, of which a warp takes one at a time, are 32 rows of one segment,
+// gate's and up's or TILES of down's (one where a block has two scales: a loop over two needs more registers than there are).
 
 struct GateUp {
     using In = Inputs<K / SEGMENT>;
     using First = TileRows<FORMAT_0, K / SEGMENT, 16>;
     using Second = TileRows<FORMAT_1, K / SEGMENT, 16>;
-    static constexpr int SEGMENTS = K / SEGMENT, STEP_ROWS = 16, STEPS_A_TILE = INNER / STEP_ROWS, UNITS = 2 * SEGMENTS;
-    static constexpr int STEPS_AN_ITEM = 2, ITEMS_A_TILE = STEPS_A_TILE / 2;  // 32 rows of h are rounded together
-    static constexpr int STAGE = First::SIZE + Second::SIZE, STAGES = GATE_UP_STAGES, BYTES = First::BYTES + Second::BYTES;
+    static constexpr int SEGMENTS = K / SEGMENT, STEP_ROWS = 16, STEPS_A_TILE = INNER / STEP_ROWS, UNITS = SEGMENTS, PARTIALS = 2 * SEGMENTS;
+    static constexpr int TOGETHER = 2;  // steps, whose 32 rows of h are rounded together
+    static constexpr int STAGE = First::SIZE + Second::SIZE, BYTES = First::BYTES + Second::BYTES, STAGES = GATE_UP_STAGES, SUMS = GATE_UP_SUMS, INPUTS = 2;
     static constexpr int LANE_COLUMNS = FORMAT_0::HALF || FORMAT_1::HALF ? 0 : 2;  // to here a lane has a row of its own
 
     struct Copy {
@@ -360,36 +338,46 @@ struct GateUp {
             Second::start(to + First::SIZE, up, row, arrived);
         }
     };
-    METHOD static int flip(int) { return 0; }
-    template <bool EVEN> METHOD static void multiply_unit(float (&sums)[4], const u8* from, const u8* inputs, int unit) {
-        int segment = unit % SEGMENTS, is_up = unit / SEGMENTS;
-        if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)  // weights of one format share the code: less of it to fetch
-            multiply<FORMAT_0, First, EVEN>(sums, from + is_up * First::SIZE, inputs, 0, segment);
-        else
-            multiply<FORMAT_1, Second, EVEN>(sums, from + First::SIZE, inputs, 0, segment);
+    template <bool EVEN> METHOD static void multiply_unit(Partial* to, const u8* from, const u8* inputs, int segment) {
+#pragma unroll 1
+        for (int unit = segment; unit < 2 * SEGMENTS; unit += SEGMENTS, from += First::SIZE) {
+            float sums[4];
+            if (IS_SAME<FORMAT_0, FORMAT_1> || unit < SEGMENTS)  // weights of one format share the code: less of it to fetch
+                multiply<FORMAT_0, First, EVEN>(sums, from, inputs, 0, segment);
+            else
+                multiply<FORMAT_1, Second, EVEN>(sums, from, inputs, 0, segment);
+            to[unit].put<EVEN>(sums, 0);
+        }
     }
 };
 
 struct Down {
     using In = Inputs<INNER / SEGMENT>;
     using First = TileRows<FORMAT_2, INNER / SEGMENT, 16 * ROW_TILES>;
-    static constexpr int SEGMENTS = INNER / SEGMENT, STEP_ROWS = 16 * ROW_TILES, STEPS_A_TILE = K / STEP_ROWS, UNITS = ROW_TILES * SEGMENTS;
-    static constexpr int STAGE = First::SIZE, STAGES = DOWN_STAGES, LANE_COLUMNS = 0, BYTES = First::BYTES;
+    static constexpr int SEGMENTS = INNER / SEGMENT, STEP_ROWS = 16 * ROW_TILES, STEPS_A_TILE = K / STEP_ROWS;
+    static constexpr int TILES = ROW_TILES > 1 && !FORMAT_2::SPLIT ? 2 : 1, UNITS = ROW_TILES / TILES * SEGMENTS, PARTIALS = ROW_TILES * SEGMENTS;
+    static constexpr int TOGETHER = 1, STAGE = First::SIZE, BYTES = First::BYTES, STAGES = DOWN_STAGES, SUMS = DOWN_SUMS, INPUTS = DOWN_INPUTS, LANE_COLUMNS = 0;
 
     struct Copy {
         Weight down;
         METHOD Copy(const Weight& down_) : down(down_) {}
         METHOD void start(u8* to, size_t row, u64* arrived) const { First::start(to, down, row, arrived); }
     };
-    METHOD static int flip(int unit) { return flip_of_tile(unit / SEGMENTS); }
-    template <bool EVEN> METHOD static void multiply_unit(float (&sums)[4], const u8* from, const u8* inputs, int unit) {
-        multiply<FORMAT_2, First, EVEN>(sums, from, inputs, 16 * (unit / SEGMENTS), unit % SEGMENTS);
+    template <bool EVEN> METHOD static void multiply_unit(Partial* to, const u8* from, const u8* inputs, int unit) {
+        int segment = unit % SEGMENTS;
+#pragma unroll 1
+        for (int tile = unit / SEGMENTS * TILES;;) {
+            float sums[4];
+            multiply<FORMAT_2, First, EVEN>(sums, from, inputs, 16 * tile, segment);
+            to[tile * SEGMENTS + segment].put<EVEN>(sums, flip_of_tile(tile));
+            if (++tile % TILES == 0) break;
+        }
     }
 };
 
-// Shared memory: the sums of two steps, the list of tiles, and what a product keeps, down's over gate_up's.
+// Shared memory: the sums of some steps, the list of tiles, and what a product keeps, down's over gate_up's.
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int MOST_UNITS = larger(GateUp::UNITS, Down::UNITS), AT_LISTS = larger(2 * MOST_UNITS * (int)sizeof(Partial), 12 * MATRICES);
+constexpr int AT_LISTS = larger(larger(GateUp::SUMS * GateUp::PARTIALS, Down::SUMS * Down::PARTIALS) * (int)sizeof(Partial), 12 * MATRICES);
 constexpr int MOST_PAIRS = NUM_ROWS * ACTIVE, MOST_TILES = (MOST_PAIRS < MATRICES ? MOST_PAIRS : MATRICES) + MOST_PAIRS / COLUMNS + 1;
 #ifdef LISTED
 constexpr int AT_STAGES = (AT_LISTS + 127) / 128 * 128;
@@ -398,10 +386,9 @@ constexpr int AT_TILES = AT_LISTS + (2 * MOST_PAIRS + 3) / 4 * 4, AT_STAGES = (A
 static_assert(NUM_ROWS <= 64 && MATRICES <= 256, "a bit a row, and a byte an expert");
 #endif
 template <class Product> constexpr int AT_INPUTS = AT_STAGES + Product::STAGES * Product::STAGE;
-constexpr int IDLE = Down::UNITS < MULTIPLYING ? MULTIPLYING - Down::UNITS : 0;  // warps without a unit of down: they finish it too
 template <class Product> constexpr bool FITS =
-    AT_INPUTS<Product> + 2 * Product::In::SIZE <= SHARED_SIZE && Product::STAGES >= 2 && Product::STEPS_A_TILE >= Product::STAGES - 1;
-static_assert(FITS<GateUp> && FITS<Down>, "stages and the inputs of two tiles must fit");
+    AT_INPUTS<Product> + Product::INPUTS * Product::In::SIZE <= SHARED_SIZE && Product::STAGES >= 2;
+static_assert(FITS<GateUp> && FITS<Down>, "stages and the inputs of some tiles must fit");
 
 // Where the columns of a tile lie: some in even ones, so that a lane has but one of its two.
 template <class Product> DEVICE int column_step(int count) { return count > Product::LANE_COLUMNS && 2 * count <= COLUMNS ? 2 : 1; }
@@ -420,7 +407,9 @@ struct Lists {
     const int4* tiles;
     int num_tiles;
 
-    METHOD Lists(const int* pairs_, const int* tiles_, const int* num_tiles_) : pairs(pairs_), tiles((const int4*)tiles_), num_tiles(*num_tiles_) {}
+    METHOD Lists(const int* pairs_, const int* tiles_, const int* num_tiles_) : pairs(pairs_), tiles((const int4*)tiles_), num_tiles(*num_tiles_) {
+        __syncthreads();  // of the barriers
+    }
     METHOD Tile tile(int i) const {
         int4 found = tiles[i];
         return Tile{found.x, found.x * NUM_ROWS + found.y, found.z};
@@ -502,304 +491,310 @@ struct Lists {
 };
 #endif
 
-// A block's steps begin .. end - 1 of a product.
-struct Share {
-    int begin, end;
-    METHOD int size() const { return end - begin; }
+// A block's steps: its run of the first ones, of which all blocks have as many, and then some at a time from a counter, so
+// that blocks end together however long their steps take. More from the counter means more tiles a block, whose inputs
+// must come. `take` gives -1 when there are no more; the counter's answer is asked for ahead.
+template <class Product> struct Work {
+    int next, left, from, all, taken;
+    int* counter;
+
+    METHOD Work(int num_tiles, int* counter_) : counter(counter_) {
+        constexpr int TOGETHER = Product::TOGETHER;
+        static_assert(Product::STEPS_A_TILE % TOGETHER == 0 && (u64)MOST_TILES * Product::STEPS_A_TILE * larger(BLOCKS, 8) >> 31 == 0, "products fit");
+        int runs = num_tiles * (Product::STEPS_A_TILE / TOGETHER), first = runs * 3 / 4;
+        next = first * blockIdx.x / BLOCKS * TOGETHER, left = first * (blockIdx.x + 1) / BLOCKS * TOGETHER - next;
+        from = first * TOGETHER, all = runs * TOGETHER;
+        ask();
+    }
+    METHOD void ask() { taken = (threadIdx.x & 31) == 0 ? atomicAdd(counter, 1) : 0; }
+    METHOD int take() {
+        if (left == 0) {
+            next = from + __shfl_sync(ALL_LANES, taken, 0) * Product::TOGETHER;
+            if (next >= all) return -1;
+            left = Product::TOGETHER;
+            ask();
+        }
+        left--;
+        return next++;
+    }
 };
-DEVICE Share share_of_gate_up(int num_tiles) {
-    u32 num_items = num_tiles * GateUp::ITEMS_A_TILE, begin = num_items * blockIdx.x / BLOCKS, end = num_items * (blockIdx.x + 1) / BLOCKS;
-    return Share{(int)begin * GateUp::STEPS_AN_ITEM, (int)end * GateUp::STEPS_AN_ITEM};
-}
-// Blocks that have an item of gate_up less have more of down.
-DEVICE int begin_of_down(int num_tiles, int block) {
-    constexpr u32 UNIT = 16, ITEM = UNIT * GateUp::STEPS_AN_ITEM * GateUp::STAGE / Down::STAGE;  // a step of down is a UNIT
-    static_assert((u64)MOST_TILES * larger(UNIT * Down::STEPS_A_TILE, GateUp::ITEMS_A_TILE) * BLOCKS >> 31 == 0, "products fit");
-    u32 items = num_tiles * GateUp::ITEMS_A_TILE, steps = num_tiles * Down::STEPS_A_TILE;
-    u32 behind = UNIT * steps < ITEM * BLOCKS ? 0 : ITEM * (items * block % BLOCKS);
-    return (int)((UNIT * steps * block + behind) / (UNIT * BLOCKS));
+
+// --- How the warps of a block wait for each other.
+
+// A phase of `full`: the weights and inputs of a step are there; of `empty`: they are multiplied; of `planned`: it is told which
+// step it is. Barriers by RING let a warp look at a step without having looked at those before: the phase before in that
+// place is over for sure, and the next one cannot end until the warp has looked.
+template <class Product> struct Pipeline {
+    static constexpr int RING = 16, AHEAD = larger(Product::STAGES, 2 * FINISHING);  // past the last step someone may look so far
+    static_assert(RING % (Product::TOGETHER * FINISHING) == 0 && Product::STAGES + Product::SUMS + AHEAD <= RING, "no phase is missed");
+    static_assert((MULTIPLYING + Product::UNITS - 1) / Product::UNITS <= Product::STAGES, "a warp's units lie so near");
+    int4 told[RING];  // of a step: its number, -1 past the last; the tile's count; where its inputs lie
+    u64 empty[Product::STAGES], planned[RING], full[RING], sums_full[RING], sums_free[RING];
+
+    METHOD void init() {  // by the first lane of each warp some: ptxas does those of a warp one by one
+        for (int i = threadIdx.x / 32; i < RING && threadIdx.x % 32 == 0; i += WARPS) {
+            if (i < Product::STAGES) init_phases(empty + i, Product::UNITS);
+            init_phases(planned + i, 1), init_phases(full + i, 32 + BULK_COPIERS);
+            init_phases(sums_full + i, Product::UNITS), init_phases(sums_free + i, 1);
+        }
+        fence_bulk();
+    }
+    METHOD static void wait(u64 (&ring)[RING], u32 n) { wait_phase(ring + n % RING, n / RING & 1); }
+    METHOD void wait_multiplied(int n) {  // a step below 0 is
+        if (n >= 0) wait_phase(empty + n % Product::STAGES, n / Product::STAGES & 1);
+    }
+    METHOD static const Partial* sums(u32 n) { return (const Partial*)shared + n % Product::SUMS * Product::PARTIALS; }
+    METHOD static const u8* stage(u32 n) { return shared + AT_STAGES + n % Product::STAGES * Product::STAGE; }
+    METHOD static const u8* inputs(int place) { return shared + AT_INPUTS<Product> + place * Product::In::SIZE; }
+};
+DEVICE void arrive_as_warp(u64* barrier) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) arrive(barrier);
 }
 
 // --- What warps that multiply do.
 
-template <class Product, bool EVEN> DEVICE void each_tile(const u8* from, const u8* inputs, Partial* to) {
-#pragma unroll 1
-    for (int unit = threadIdx.x / 32; unit < Product::UNITS; unit += MULTIPLYING) {
-        float sums[4];
-        Product::template multiply_unit<EVEN>(sums, from, inputs, unit);
-        to[unit].put<EVEN>(sums, Product::flip(unit));
-    }
-}
-
-// The same for at most LANE_COLUMNS columns of gate_up: a warp has one segment of gate and of up, a lane a row.
-template <int N> DEVICE void each_lane(const u8* from, const u8* inputs, Partial* to) {
+// A unit of gate_up with at most LANE_COLUMNS columns: a lane has a row of gate or of up.
+template <int N> DEVICE void multiply_lanes(Partial* to, const u8* from, const u8* inputs, int segment) {
     using First = GateUp::First;
     if constexpr (GateUp::LANE_COLUMNS > 0) {
         int lane = threadIdx.x & 31, row = lane & 15, is_up = lane >> 4;
-#pragma unroll 1
-        for (int segment = threadIdx.x / 32; segment < GateUp::SEGMENTS; segment += MULTIPLYING) {
-            float sums[N];
-            if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
-                multiply_lane<FORMAT_0, First, N>(sums, from + is_up * First::SIZE, inputs, row, segment);
-            else
-                multiply_lane<FORMAT_1, GateUp::Second, N>(sums, from + First::SIZE, inputs, row, segment);
-#pragma unroll
-            for (int n = 0; n < N; n++) to[is_up * GateUp::SEGMENTS + segment].sums[n][row] = sums[n];
-        }
-    }
-}
-
-// Step n of a share lies in stage (n + first_stage) % STAGES. The last one of gate_up lies in the last stage, so that down's
-// stages can be filled from the first on.
-template <class Product> DEVICE int first_stage(const Share& share) {
-    return IS_SAME<Product, GateUp> ? Product::STAGES - share.size() % Product::STAGES : 0;
-}
-
-template <class Product> DEVICE void multiply_steps(const Lists& lists, const Share& share, u64* arrived) {
-    Partial* parts = (Partial*)shared;
-    int stage = first_stage<Product>(share) % Product::STAGES, count = 0, number = 0;
-#pragma unroll 1
-    for (int step = share.begin; step < share.end; step++) {
-        if (step == share.begin || step % Product::STEPS_A_TILE == 0) {
-            number = step / Product::STEPS_A_TILE;
-            count = lists.tile(number).count;
-        }
-        __syncthreads();
-        int n = step - share.begin;
-        wait_bulk(arrived + n % Product::STAGES, n / Product::STAGES & 1);
-        const u8 *from = shared + AT_STAGES + stage * Product::STAGE, *inputs = shared + AT_INPUTS<Product> + number % 2 * Product::In::SIZE;
-        Partial* to = parts + step % 2 * MOST_UNITS;
-        if (column_step<Product>(count) == 2)
-            each_tile<Product, true>(from, inputs, to);
-        else if (Product::LANE_COLUMNS == 0 || count > Product::LANE_COLUMNS)
-            each_tile<Product, false>(from, inputs, to);
-        else if (count == 1)
-            each_lane<1>(from, inputs, to);
+        float sums[N];
+        if (IS_SAME<FORMAT_0, FORMAT_1> || !is_up)
+            multiply_lane<FORMAT_0, First, N>(sums, from + is_up * First::SIZE, inputs, row, segment);
         else
-            each_lane<2>(from, inputs, to);
-        stage = stage + 1 < Product::STAGES ? stage + 1 : 0;
-    }
-    __syncthreads();
-}
-
-// --- What the warps that finish do: finish(step, first row, tile's number, count, where the sums lie) of each step, one
-// step later. `places` are the pairs of the tile's columns, of each warp.
-
-template <class Product, class Finish> DEVICE void finish_steps(const Lists& lists, const Share& share, int* places, Finish finish) {
-    int lane = threadIdx.x & 31, number = 0;
-    Tile tile{0, 0, 0};
-    __syncthreads();
-#pragma unroll 1
-    for (int step = share.begin; step < share.end; step++) {
-        int first_row = step % Product::STEPS_A_TILE * Product::STEP_ROWS;
-        if (step == share.begin || first_row == 0) {
-            number = step / Product::STEPS_A_TILE, tile = lists.tile(number);
-            __syncwarp();
-            if (lane < tile.count) places[lane] = lists.pair(tile.first + lane);
-            __syncwarp();
-        }
-        __syncthreads();
-        finish(step, first_row, number, tile.count, (const Partial*)shared + step % 2 * MOST_UNITS);
-    }
-}
-
-// Of two columns, each 16 lanes' numbers: the highest of floats that are not negative, or the sum.
-DEVICE float highest_of_column(float v) {
-    bool second = threadIdx.x & 16;
-    u32 a = highest_of_lanes(second ? 0u : __float_as_uint(v)), b = highest_of_lanes(second ? __float_as_uint(v) : 0u);
-    return __uint_as_float(second ? b : a);
-}
-DEVICE int sum_of_column(int v) {
-    bool second = threadIdx.x & 16;
-    int a = sum_of_lanes(second ? 0 : v), b = sum_of_lanes(second ? v : 0);
-    return second ? b : a;
-}
-
-// Two rows, 16 apart, of a column's 32 in each lane: to int8 in global memory, as round_group does it.
-DEVICE void put_rows(float v, float w, bool counts, size_t at, i8* codes, float* scales) {
-    int row = threadIdx.x & 15;
-    float highest = highest_of_column(fmaxf(fabsf(v), fabsf(w))), scale = highest * (1.f / 127.f);
-    float inverse = highest > 0 ? __fdiv_rn(127.f, highest) : 0.f;
-    int first = __float2int_rn(v * inverse), second = __float2int_rn(w * inverse), sum = sum_of_column(first + second);
-    if (!counts) return;
-    codes[at + row] = (i8)first, codes[at + 16 + row] = (i8)second;
-    if (row == 0) ((float2*)scales)[at / 32] = make_float2(scale, scale * (float)sum);
-}
-
-// A lane has a row of one column, a warp every FINISHING-th two columns.
-DEVICE void finish_gate_up(const Lists& lists, const Share& share, int* places, int which, i8* codes, float* scales, int* progress) {
-    constexpr int TURNS = (COLUMNS / 2 + FINISHING - 1) / FINISHING;
-    int lane = threadIdx.x & 31, untold = 0;
-    float before[TURNS];  // h of the step before
-    finish_steps<GateUp>(lists, share, places, [&](int step, int first_row, int number, int count, const Partial* sums) {
-        int apart = column_step<GateUp>(count);
+            multiply_lane<FORMAT_1, GateUp::Second, N>(sums, from + First::SIZE, inputs, row, segment);
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            int first = 2 * (turn * FINISHING + which), column = first + (lane >> 4), real = min(column, count - 1);
-            if (first >= count) break;
-            float gate = total<GateUp::SEGMENTS>(sums, lane & 15, real * apart);
-            float up = total<GateUp::SEGMENTS>(sums + GateUp::SEGMENTS, lane & 15, real * apart);
-            float h = swiglu(gate, up);
-            if (step % 2) put_rows(before[turn], h, column < count, (size_t)places[real] * INNER + first_row - 16, codes, scales);
-            before[turn] = h;
+        for (int n = 0; n < N; n++) to[is_up * GateUp::SEGMENTS + segment].sums[n][row] = sums[n];
+    }
+}
+
+// The units of all steps are dealt to the warps in turn.
+template <class Product> DEVICE void multiply_steps(Pipeline<Product>& pipeline) {
+#pragma unroll 1
+    for (u32 all = threadIdx.x / 32;; all += MULTIPLYING) {
+        u32 n = all / Product::UNITS, unit = all % Product::UNITS;
+        pipeline.wait(pipeline.full, n);
+        if (pipeline.told[n % pipeline.RING].x < 0) break;
+        if (n >= Product::SUMS) pipeline.wait(pipeline.sums_free, n - Product::SUMS);
+        int4 told = pipeline.told[n % pipeline.RING];
+        int count = told.y;
+        const u8 *from = pipeline.stage(n), *inputs = pipeline.inputs(told.z);
+        Partial* to = (Partial*)pipeline.sums(n);
+        if (column_step<Product>(count) == 2)
+            Product::template multiply_unit<true>(to, from, inputs, unit);
+        else if (Product::LANE_COLUMNS == 0 || count > Product::LANE_COLUMNS)
+            Product::template multiply_unit<false>(to, from, inputs, unit);
+        else if (count == 1)
+            multiply_lanes<1>(to, from, inputs, unit);
+        else
+            multiply_lanes<2>(to, from, inputs, unit);
+        arrive_as_warp(pipeline.empty + n % Product::STAGES);
+        arrive_as_warp(pipeline.sums_full + n % pipeline.RING);
+    }
+}
+
+// --- What the warps that finish do: finish(n, first row, tile's number, count, sums, whom to tell that they are read) of each
+// step n. A warp takes every FINISHING-th TOGETHER steps. `places` are the pairs of the tile's columns, of each warp.
+
+template <class Product, class Finish> DEVICE void finish_steps(const Lists& lists, Pipeline<Product>& pipeline, int* places, int which, Finish finish) {
+    constexpr int TOGETHER = Product::TOGETHER;
+    int lane = threadIdx.x & 31, number = -1, count = 0;
+#pragma unroll 1
+    for (int n = which * TOGETHER;; n += n % TOGETHER == TOGETHER - 1 ? (FINISHING - 1) * TOGETHER + 1 : 1) {
+        pipeline.wait(pipeline.sums_full, n);
+        int step = pipeline.told[n % pipeline.RING].x;
+        if (step < 0) break;
+        if (step / Product::STEPS_A_TILE != number) {
+            number = step / Product::STEPS_A_TILE;
+            Tile tile = lists.tile(number);
+            count = tile.count;
+            __syncwarp();
+            if (lane < count) places[lane] = lists.pair(tile.first + lane);
+            __syncwarp();
         }
-        if (step % 2 == 0) return;
+        finish(n, step % Product::STEPS_A_TILE * Product::STEP_ROWS, number, count, pipeline.sums(n), pipeline.sums_free + n % pipeline.RING);
+    }
+}
+
+// A lane has four rows of one column, of both steps whose 32 rows are rounded together.
+DEVICE void finish_gate_up(const Lists& lists, Pipeline<GateUp>& pipeline, int* places, int which, i8* codes, float* scales, int* progress) {
+    int lane = threadIdx.x & 31, column = lane >> 2, quarter = lane & 3;
+    float v[8];
+    finish_steps(lists, pipeline, places, which, [&](int n, int first_row, int number, int count, const Partial* sums, u64* read) {
+        int from = min(column, count - 1) * column_step<GateUp>(count);
+        float4 gate = totals<GateUp::SEGMENTS>(sums, 4 * quarter, from), up = totals<GateUp::SEGMENTS>(sums + GateUp::SEGMENTS, 4 * quarter, from);
+        arrive_as_warp(read);
+        float h[4] = {swiglu(gate.x, up.x), swiglu(gate.y, up.y), swiglu(gate.z, up.z), swiglu(gate.w, up.w)};
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = n % 2 ? v[i] : h[i], v[4 + i] = h[i];
+        if (n % 2 == 0) return;
+        u32 words[2];
+        float scale;
+        int sum;
+        round_group(v, words, scale, sum);
+        if (column < count) {
+            size_t at = (size_t)places[column] * INNER + first_row - 16;
+            u32* to = (u32*)(codes + at) + quarter;
+            to[0] = words[0], to[4] = words[1];
+            if (quarter == 0) ((float2*)scales)[at / 32] = make_float2(scale, scale * (float)sum);
+        }
         __syncwarp();
-        // a tile's items together: each time costs about a step, until all that was written is in the cache
-        untold++;
-        if (step + 1 < share.end && first_row + 16 < INNER) return;
-        if (lane == 0) add_after(progress + number, untold);
-        untold = 0;
+        if (lane == 0) add_after(progress + number, 1);
     });
 }
 
-// By NUM_WARPS warps, a lane four rows of a column at a time; all sums are read before the first is written.
-template <int NUM_WARPS> DEVICE void finish_down(const Lists& lists, const Share& share, int* places, int which, float* out) {
-    constexpr int FOURS = Down::STEP_ROWS / 4, APART = 32 * NUM_WARPS, TURNS = (FOURS * COLUMNS + APART - 1) / APART;
-    finish_steps<Down>(lists, share, places, [&](int, int first_row, int, int count, const Partial* sums) {
-        int apart = column_step<Down>(count), first = 32 * which + (threadIdx.x & 31), end = FOURS * count;
-        float4 sum[TURNS];
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            int i = first + turn * APART, row = i % FOURS * 4, tile = row / 16;
-            if (i < end) sum[turn] = totals<Down::SEGMENTS>(sums + tile * Down::SEGMENTS, row % 16, i / FOURS * apart ^ flip_of_tile(tile));
+// A lane four rows of a column at a time.
+DEVICE void finish_down(const Lists& lists, Pipeline<Down>& pipeline, int* places, int which, float* out) {
+    constexpr int FOURS = Down::STEP_ROWS / 4;
+    finish_steps(lists, pipeline, places, which, [&](int, int first_row, int, int count, const Partial* sums, u64* read) {
+        int apart = column_step<Down>(count);
+#pragma unroll 2
+        for (int i = threadIdx.x & 31; i < FOURS * count; i += 32) {
+            int row = i % FOURS * 4, tile = row / 16, column = i / FOURS;
+            float4 sum = totals<Down::SEGMENTS>(sums + tile * Down::SEGMENTS, row % 16, column * apart ^ flip_of_tile(tile));
+            *(float4*)(out + (size_t)places[column] * K + first_row + row) = sum;
         }
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            int i = first + turn * APART;
-            if (i < end) *(float4*)(out + (size_t)places[i / FOURS] * K + first_row + i % FOURS * 4) = sum[turn];
-        }
+        arrive_as_warp(read);
     });
 }
 
-// --- What the copying warp does.
+// --- What the warp that fetches weights does: it also says which steps are this block's.
 
-// A share's weights and inputs, step by step.
-template <class Product> struct Fetch {
+template <class Product> struct Weights {
     const Lists& lists;
-    Share share;
     const typename Product::Copy& weights;
-    const i8* codes;
-    const float* scales;
     size_t first_row;  // of all matrices that lie before this layer's in the stack
-    u64* arrived;  // of each stage, whether its weights have come
-    int stage0;
+    Pipeline<Product>& pipeline;
+    Work<Product> work;
+    int n = 0, number = -1, place = 0;  // steps so far; the last one's tile, and where its inputs lie
 
-    METHOD Fetch(const Lists& lists_, const Share& share_, const typename Product::Copy& weights_, const i8* codes_, const float* scales_, int index, u64* arrived_)
-        : lists(lists_), share(share_), weights(weights_), codes(codes_), scales(scales_), arrived(arrived_),
-          first_row((size_t)index * MATRICES * (Product::STEPS_A_TILE * Product::STEP_ROWS)),
-          stage0(first_stage<Product>(share_)) {}
-    METHOD bool is_new(int n) const { return n == 0 || (share.begin + n) % Product::STEPS_A_TILE == 0; }
-    METHOD int number_of(int n) const { return (share.begin + n) / Product::STEPS_A_TILE; }
-    METHOD u8* inputs(int number) const { return shared + AT_INPUTS<Product> + number % 2 * Product::In::SIZE; }
-    METHOD void start_weights(int n) const {
-        int step = share.begin + n, rows = Product::STEPS_A_TILE * Product::STEP_ROWS;
-        size_t row = first_row + (size_t)lists.tile(number_of(n)).expert * rows + step % Product::STEPS_A_TILE * Product::STEP_ROWS;
-        u64* here = arrived + n % Product::STAGES;
-        if ((threadIdx.x & 31) >= BULK_COPIERS) return;
-        expect_bulk(here, Product::BYTES);
-        weights.start(shared + AT_STAGES + (n + stage0) % Product::STAGES * Product::STAGE, row, here);
+    METHOD Weights(const Lists& lists_, const typename Product::Copy& weights_, int index, Pipeline<Product>& pipeline_, int* counter)
+        : lists(lists_), weights(weights_), first_row((size_t)index * MATRICES * (Product::STEPS_A_TILE * Product::STEP_ROWS)),
+          pipeline(pipeline_), work(lists_.num_tiles, counter) {}
+    // Step n's weights begin to come, for which there is room.
+    METHOD void start(int step) {
+        int rows = Product::STEPS_A_TILE * Product::STEP_ROWS, now = step / Product::STEPS_A_TILE;
+        Tile tile = lists.tile(now);
+        size_t row = first_row + (size_t)tile.expert * rows + step % Product::STEPS_A_TILE * Product::STEP_ROWS;
+        if (now != number) number = now, place = place + 1 < Product::INPUTS ? place + 1 : 0;
+        u64* here = pipeline.full + n % pipeline.RING;
+        if (is_bulk_copier()) {
+            pipeline.told[n % pipeline.RING] = make_int4(step, tile.count, place, 0);
+            expect_bulk(here, Product::BYTES);
+            weights.start((u8*)pipeline.stage(n), row, here);
+        }
+        if (BULK_COPIERS > 1) arrive_with_copies(here);
+        n++;
     }
-    // Pairs are `shared_by` to a row of inputs.
-    METHOD void start_inputs(int number, int shared_by) const {
-        Tile tile = lists.tile(number);
-        int apart = column_step<Product>(tile.count);
+    METHOD void plan(int i) const { arrive_as_warp(pipeline.planned + i % pipeline.RING); }
+    // There are no more: who looks for another step is told so.
+    METHOD void end() const {
+        int lane = threadIdx.x & 31;
 #pragma unroll 1
-        for (int column = 0; column < tile.count; column++)
-            Product::In::copy(inputs(number), codes, scales, column * apart, lists.pair(tile.first + column) / shared_by, threadIdx.x & 31);
+        for (int i = n; i < n + pipeline.AHEAD; i++) {
+            if (lane == 0) pipeline.told[i % pipeline.RING] = make_int4(-1, 0, 0, 0);
+            plan(i);
+            arrive(pipeline.full + i % pipeline.RING);
+            if (lane < BULK_COPIERS) arrive(pipeline.full + i % pipeline.RING);
+            for (int unit = lane; unit < Product::UNITS; unit += 32) arrive(pipeline.sums_full + i % pipeline.RING);
+        }
     }
 };
 
-// All of gate_up, and the first weights of down as soon as there is room; returns how many steps of them.
-DEVICE int fetch_gate_up(const Fetch<GateUp>& gate_up, const Fetch<Down>& down) {
-    constexpr int AHEAD = GateUp::STAGES - 1;
-    int size = gate_up.share.size(), early = 0;
-    auto start = [&](int n) {
-        if (n < size) {
-            gate_up.start_weights(n);
-            if (gate_up.is_new(n)) gate_up.start_inputs(gate_up.number_of(n), ACTIVE);
-        }
-    };
+// All of gate_up; the first of down as soon as there is room; the rest of down.
+DEVICE void fetch_weights(Weights<GateUp>& gate_up, Weights<Down>& down) {
+    constexpr int ALL = GateUp::STAGES;
+    int step;
 #pragma unroll 1
-    for (int n = 0; n < AHEAD; n++) start(n), commit_copies();
-#pragma unroll 1
-    for (int n = 0; n < size; n++) {
-        wait_copies<AHEAD - 1>();
-        __syncthreads();
-        start(n + AHEAD);
-        int room = (GateUp::STAGES - (size - n)) * GateUp::STAGE;  // where nothing lies that will be multiplied
-        for (; early < min(Down::STAGES, down.share.size()) && (early + 1) * Down::STAGE <= room; early++) down.start_weights(early);
-        commit_copies();
+    while ((step = gate_up.work.take()) >= 0) {
+        gate_up.pipeline.wait_multiplied(gate_up.n - ALL);
+        gate_up.start(step);
+        gate_up.plan(gate_up.n - 1);
     }
-    __syncthreads();
-    return early;
+    gate_up.end();
+    auto wait_stages = [&](int from, int to) {  // of gate_up, until the last steps there are multiplied
+#pragma unroll 1
+        for (int i = from; i < min(to, ALL); i++) gate_up.pipeline.wait_multiplied(gate_up.n - 1 - (gate_up.n - 1 - i + ALL) % ALL);
+    };
+    step = 0;
+#pragma unroll 1
+    while (down.n < Down::STAGES && (step = down.work.take()) >= 0) {
+        int begin = down.n * Down::STAGE, end = begin + Down::STAGE;
+        wait_stages(end > ALL * GateUp::STAGE ? 0 : begin / GateUp::STAGE, (end - 1) / GateUp::STAGE + 1);  // behind the stages are inputs
+        fence_bulk();
+        down.start(step);
+    }
+    wait_stages(0, ALL);
+#pragma unroll 1
+    for (int i = 0; i < down.n; i++) down.plan(i);
+#pragma unroll 1
+    while (step >= 0 && (step = down.work.take()) >= 0) {
+        down.pipeline.wait_multiplied(down.n - Down::STAGES);
+        down.start(step);
+        down.plan(down.n - 1);
+    }
+    down.end();
 }
 
-// Down, whose first `early` weights are on their way.
-DEVICE void fetch_down(const Fetch<Down>& down, int early, const int* progress) {
-    constexpr int AHEAD = Down::STAGES - 1;
-    const Lists& lists = down.lists;
-    int size = down.share.size();
-    fence_bulk();
-    auto wait_for_hidden = [&](int number) { wait_for(progress + number, GateUp::ITEMS_A_TILE * FINISHING); };
+// --- What the warp that fetches inputs does: those of each step, unless they are the step's before. Pairs are `shared_by` to a
+// row of inputs; wait_for_rows(tile's number) comes before they are read.
+
+template <class Product, class Wait>
+DEVICE void fetch_inputs(const Lists& lists, Pipeline<Product>& pipeline, const i8* codes, const float* scales, int shared_by, Wait wait_for_rows) {
+    int number = -1, lasts[Product::INPUTS];  // the last steps of the tiles before; the first's inputs lay in the next place
+#pragma unroll
+    for (int i = 0; i < Product::INPUTS; i++) lasts[i] = -1;
 #pragma unroll 1
-    for (int n = 0; n < Down::STAGES; n++) {  // all of them, since there is time
-        if (n >= early && n < size) down.start_weights(n);
-        if (n < AHEAD) commit_copies();
-    }
+    for (int n = 0;; n++) {
+        pipeline.wait(pipeline.planned, n);
+        int4 told = pipeline.told[n % pipeline.RING];
+        if (told.x < 0) break;
+        if (told.x / Product::STEPS_A_TILE != number) {
+            number = told.x / Product::STEPS_A_TILE;
+#pragma unroll
+            for (int i = 0; i < Product::INPUTS; i++) lasts[i] = i + 1 < Product::INPUTS ? lasts[(i + 1) % Product::INPUTS] : n - 1;
+            wait_for_rows(number);
 #pragma unroll 1
-    for (int n = 0; n < min(AHEAD, size); n++) {
-        if (!down.is_new(n)) continue;
-        int number = down.number_of(n);
-        Tile tile = lists.tile(number);
-        int apart = column_step<Down>(tile.count);
-        wait_for_hidden(number);
-        Down::In::fetch(down.inputs(number), down.codes, down.scales, tile.count, apart, [&](int column) { return lists.pair(tile.first + column); }, threadIdx.x & 31);
-    }
+            for (int i = max(n - Product::STAGES + 1, 0); i <= lasts[0]; i++) pipeline.wait_multiplied(i);
+            Tile tile = lists.tile(number);
+            int apart = column_step<Product>(tile.count);
 #pragma unroll 1
-    for (int n = 0; n < size; n++) {
-        wait_copies<AHEAD - 1>();
-        __syncthreads();
-        int later = n + AHEAD;
-        if (later < size) {
-            if (n > 0) down.start_weights(later);
-            if (down.is_new(later)) {
-                wait_for_hidden(down.number_of(later));
-                down.start_inputs(down.number_of(later), 1);
-            }
+            for (int column = 0; column < tile.count; column++)
+                Product::In::copy((u8*)pipeline.inputs(told.z), codes, scales, column * apart, lists.pair(tile.first + column) / shared_by, threadIdx.x & 31);
         }
-        commit_copies();
+        arrive_with_copies(pipeline.full + n % pipeline.RING);
     }
-    __syncthreads();
 }
 
 KERNEL(THREADS, 1)
 experts(const i8* codes, const float* scales, LISTS, WEIGHT(0), WEIGHT(1), WEIGHT(2), const int*, i8* hidden_codes, float* hidden_scales,
         float* out, int* progress) {
-    __shared__ u64 arrived[GateUp::STAGES + Down::STAGES];
-    __shared__ int places[FINISHING + IDLE][COLUMNS];
+    __shared__ Pipeline<GateUp> gate_up;
+    __shared__ Pipeline<Down> down;
+    __shared__ u64 finished;  // gate_up's sums are read: down's lie there too
+    __shared__ int places[FINISHING][COLUMNS];
     int warp = threadIdx.x >> 5, index = launch_number<SHARED_SIZE>() / DOWNS, down_index = launch_number<SHARED_SIZE>() % DOWNS;
+    if (threadIdx.x == 0) init_phases(&finished, FINISHING);
+    gate_up.init(), down.init();
     Lists lists(GIVEN_LISTS);
-    Share gate_up = share_of_gate_up(lists.num_tiles);
-    Share down{begin_of_down(lists.num_tiles, blockIdx.x), begin_of_down(lists.num_tiles, blockIdx.x + 1)};
-    if (warp >= MULTIPLYING + FINISHING) {
-        int lane = threadIdx.x & 31;
-        if (lane < GateUp::STAGES + Down::STAGES) init_bulk(arrived + lane);
-        fence_bulk();
-        __syncwarp();
+    if (warp < MULTIPLYING) {
+        multiply_steps(gate_up);
+        wait_phase(&finished, 0);
+        multiply_steps(down);
+    } else if (warp < MULTIPLYING + FINISHING) {
+        int which = warp - MULTIPLYING;
+        finish_gate_up(lists, gate_up, places[which], which, hidden_codes, hidden_scales, progress);
+        arrive_as_warp(&finished);
+        finish_down(lists, down, places[which], which, out);
+    } else if (warp == MULTIPLYING + FINISHING) {
+        fetch_inputs(lists, gate_up, codes, scales, ACTIVE, [](int) {});
+        fetch_inputs(lists, down, hidden_codes, hidden_scales, 1, [&](int number) { wait_for(progress + number, GateUp::STEPS_A_TILE / GateUp::TOGETHER); });
+    } else {
         GateUp::Copy first(GIVEN(0), GIVEN(1));
         Down::Copy second(GIVEN(2));
-        Fetch<Down> later(lists, down, second, hidden_codes, hidden_scales, down_index, arrived + GateUp::STAGES);
-        int early = fetch_gate_up(Fetch<GateUp>(lists, gate_up, first, codes, scales, index, arrived), later);
-        fetch_down(later, early, progress);
-        return;
+        Weights<GateUp> of_gate_up(lists, first, index, gate_up, progress + MOST_TILES);
+        Weights<Down> of_down(lists, second, down_index, down, progress + MOST_TILES + 1);
+        fetch_weights(of_gate_up, of_down);
     }
-    if (warp >= MULTIPLYING)
-        finish_gate_up(lists, gate_up, places[warp - MULTIPLYING], warp - MULTIPLYING, hidden_codes, hidden_scales, progress);
-    else
-        multiply_steps<GateUp>(lists, gate_up, arrived);
-    if (warp >= MULTIPLYING - IDLE)
-        finish_down<FINISHING + IDLE>(lists, down, places[warp - (MULTIPLYING - IDLE)], warp - (MULTIPLYING - IDLE), out);
-    else
-        multiply_steps<Down>(lists, down, arrived + GateUp::STAGES);
 }

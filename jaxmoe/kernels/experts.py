@@ -23,9 +23,12 @@ from jaxmoe.quants import QuantTensor
 
 FILE = "experts.cu"
 _MOST_MULTIPLYING = 16  # warps
-_OTHER_WARPS = 4  # that finish and copy; with more than 20 in all they would have fewer than 96 registers
+_OTHER_WARPS = 4  # that finish and fetch; with more than 20 in all they would have fewer than 96 registers
 _ROW_TILES = (1, 2, 4, 8)  # of 16 rows, of a step of down
-_STAGES = (5, 4, 3, 2, 0)  # steps of a product that are kept; 0: it does not fit
+_STAGES = (6, 5, 4, 3, 2, 0)  # steps of a product that are kept; 0: it does not fit
+_SUMS = (3, 2)  # steps of gate_up and of down whose sums are kept, at least
+_MOST_SUMS = 4
+_COUNTERS = 2  # behind the tiles' progress: what blocks have taken of gate_up and of down
 _PARTIAL = FEW_TILE * (16 + 4) * 4  # bytes of the sums of a unit: 16 rows and a segment
 _VARIANTS = (8, 64)
 _COMPARED_ROWS = (2, 8, 64)
@@ -38,7 +41,7 @@ def takes(num_rows: int) -> bool:
 
 def num_progress(num_rows: int, config: ModelConfig) -> int:
     """How many numbers of `progress` a step of so many rows has."""
-    return router.max_tiles(num_rows, config, FEW_TILE)
+    return router.max_tiles(num_rows, config, FEW_TILE) + _COUNTERS
 
 
 def run(
@@ -80,13 +83,20 @@ def run(
 def _launch(num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) -> Launch:
     gate, _, down = weights
     steps = _steps(num_rows, weights, config)
-    warps = min(_num_units(steps.row_tiles, weights), _MOST_MULTIPLYING) + _OTHER_WARPS
+    units = _num_partials(steps.row_tiles, weights)
+    # a warp's units, of two partials, lie no further apart than the stages
+    most = min(steps.gate_up * units[0] // 2, steps.down * units[1] // min(steps.row_tiles, 2))
+    warps = min(max(units), _MOST_MULTIPLYING, most) + _OTHER_WARPS
     defines: Defines = {
         "K": gate.shape[-1], "INNER": down.shape[-1], "MATRICES": config.num_experts,
         "ACTIVE": config.experts_per_token, "NUM_ROWS": num_rows, "DOWNS": down.shape[0], "NORMS": 1,
         "BLOCKS": ptx.num_multiprocessors(), "THREADS": 32 * warps, "GATE_UP_STAGES": steps.gate_up,
-        "DOWN_STAGES": steps.down, "ROW_TILES": steps.row_tiles,
+        "DOWN_STAGES": steps.down, "ROW_TILES": steps.row_tiles, "DOWN_INPUTS": steps.inputs,
     }  # fmt: skip
+    kept = _kept_partials(steps.row_tiles, weights)
+    defines |= {
+        f"{name}_SUMS": min(kept // n, _MOST_SUMS) for name, n in zip(("GATE_UP", "DOWN"), units, strict=True)
+    }
     defines |= {f"FORMAT_{i}": packed.format_macro(w) for i, w in enumerate(weights)}
     if num_rows > FEW_ROWS:
         defines["LISTED"] = 1
@@ -94,11 +104,15 @@ def _launch(num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) 
 
 
 class _Steps(NamedTuple):
-    """Tiles of rows of a step of down, the stages of gate_up and of down, and the shared memory they take."""
+    """Tiles of rows of a step of down, the stages of gate_up and of down, and the shared memory they take.
+
+    `inputs` are the tiles whose inputs down keeps.
+    """
 
     row_tiles: int
     gate_up: int
     down: int
+    inputs: int
     shared_size: int
 
 
@@ -127,34 +141,42 @@ def _steps_of(row_tiles: int, num_rows: int, weights: Sequence[QuantTensor], con
     gate, up, down = weights
     # the launch number is handed over as so many bytes more
     limit = ptx.shared_limit() - matmul._STATIC_SIZE - gate.shape[0] * down.shape[0]
-    before = _fixed_size(num_rows, _num_units(row_tiles, weights), config)
-    found, sizes = [], []
-    for w, step, num_steps in (
-        (gate, _tile_size(gate, 16) + _tile_size(up, 16), gate.shape[-2] // 16),
-        (down, _tile_size(down, 16 * row_tiles), down.shape[-2] // (16 * row_tiles)),
-    ):
-        fixed = before + 2 * FEW_TILE * (_segments(w) * (packed.SEGMENT + 64) + 32)
-        stages = next(n for n in _STAGES if (n <= num_steps + 1 and n * step + fixed <= limit) or n == 0)
-        found.append(stages)
-        sizes.append(max(stages, 2) * step + fixed)
-    return _Steps(row_tiles, found[0], found[1], max(sizes))
+    before = _fixed_size(num_rows, _kept_partials(row_tiles, weights), config)
+
+    def fitting(w: QuantTensor, step: int, inputs: int) -> tuple[int, int, int]:
+        """Stages, tiles of inputs and bytes."""
+        fixed = before + inputs * FEW_TILE * (_segments(w) * (packed.SEGMENT + 64) + 32)
+        stages = next(n for n in _STAGES if n * step + fixed <= limit or n == 0)
+        return stages, inputs, max(stages, 2) * step + fixed
+
+    gate_up, _, size = fitting(gate, _tile_size(gate, 16) + _tile_size(up, 16), 2)
+    # a third tile's inputs where it takes no stage's place: steps from the counter are of other tiles each
+    step = _tile_size(down, 16 * row_tiles)
+    stages, inputs, down_size = max(
+        (fitting(down, step, inputs) for inputs in (2, 3)), key=lambda found: found[:2]
+    )
+    return _Steps(row_tiles, gate_up, stages, inputs, max(size, down_size))
 
 
 def _segments(w: QuantTensor) -> int:
     return w.shape[-1] // packed.SEGMENT
 
 
-def _num_units(row_tiles: int, weights: Sequence[QuantTensor]) -> int:
-    """Units of 16 rows and a segment of a step, of gate_up or of down, whichever has more."""
-    return max(2 * _segments(weights[0]), row_tiles * _segments(weights[2]))
+def _num_partials(row_tiles: int, weights: Sequence[QuantTensor]) -> tuple[int, int]:
+    """Of gate_up and of down: sums of 16 rows and a segment in a step."""
+    return 2 * _segments(weights[0]), row_tiles * _segments(weights[2])
 
 
-def _fixed_size(num_rows: int, num_units: int, config: ModelConfig) -> int:
-    """Bytes of shared memory before the stages: sums of two steps, and the tiles."""
-    size = max(2 * num_units * _PARTIAL, 12 * config.num_experts)
+def _kept_partials(row_tiles: int, weights: Sequence[QuantTensor]) -> int:
+    return max(n * kept for n, kept in zip(_num_partials(row_tiles, weights), _SUMS, strict=True))
+
+
+def _fixed_size(num_rows: int, num_partials: int, config: ModelConfig) -> int:
+    """Bytes of shared memory before the stages: sums of some steps, and the tiles."""
+    size = max(num_partials * _PARTIAL, 12 * config.num_experts)
     if num_rows <= FEW_ROWS:
         pairs = -(-2 * num_rows * config.experts_per_token // 4) * 4
-        size += pairs + 4 * num_progress(num_rows, config)
+        size += pairs + 4 * router.max_tiles(num_rows, config, FEW_TILE)
     return -(-size // 128) * 128
 
 

@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 _TARGET: Final = "__gpu$xla.gpu.ptx"
 _HEADERS: Final = ("common.cuh", "weights.cuh", "row.cuh", "choose.cuh", "attend.cuh", "rounding.cuh")
 _OPTIONS: Final = ("--std=c++17", "-default-device", "--fmad=false")
-# The architectures that are compiled for, and the oldest PTX version that can name each and, from 90 on, bulk
-# copies; the kernels use nothing newer. NVRTC writes the version of its own release, which an older driver
-# refuses. A GPU between two of them runs the PTX of the lower one. Source: NVIDIA, "PTX ISA", release notes.
-_PTX_VERSIONS: Final = {80: "7.0", 89: "7.8", 90: "8.0", 100: "8.6", 120: "8.7"}
+# The architectures that are compiled for, and the oldest PTX version that can name each, has barriers of
+# phases and, from 90 on, bulk copies; the kernels use nothing newer. NVRTC writes the version of its own
+# release, which an older driver refuses. A GPU between two of them runs the PTX of the lower one. Source:
+# NVIDIA, "PTX ISA", release notes.
+_PTX_VERSIONS: Final = {80: "7.1", 89: "7.8", 90: "8.0", 100: "8.6", 120: "8.7"}
 _OLDEST: Final = min(_PTX_VERSIONS)
 # Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
 _SHARED_SIZES: Final = {
