@@ -125,7 +125,7 @@ def test_a_tile_of_so_many_columns_has_the_bits_of_each_row_alone(down, columns)
 def test_tiles_of_rows_and_warps_change_nothing(down, row_tiles, most, warps, monkeypatch):
     expected = run(down, NUM_ROWS)
     assert experts._launch(NUM_ROWS, weights(down), CONFIG).defines["ROW_TILES"] == 8
-    # warps without a unit of down, which finish it, as many as units, and warps of two units
+    # units of a step of down: one, one or two, two or four, and four or eight for four warps
     monkeypatch.setattr(experts, "_ROW_TILES", tuple(n for n in experts._ROW_TILES if n <= row_tiles))
     monkeypatch.setattr(experts, "_MOST_MULTIPLYING", most)
     defines = experts._launch(NUM_ROWS, weights(down), CONFIG).defines

@@ -14,7 +14,7 @@ from jaxmoe.kernels.rows import norm_quantise
 CONFIG = small_config()
 LAYER, INDEX = 2, 1
 # one row has a kernel of its own; the others take every cut into blocks, with a rest
-NUM_ROWS = (1, 3, 13, 40, 150)
+NUM_ROWS = (1, 3, 13, 21, 40, 150)
 MANY = 100
 
 pytestmark = pytest.mark.usefixtures("emulated", "few_are_many")
@@ -61,6 +61,16 @@ def test_few_rows_come_with_their_norm_and_zeros(num_rows, count):
     for one, other in zip(routed.inputs, expected, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
         assert set(np.asarray(one[count:]).tobytes()) <= {0xFF}
+
+
+def test_rows_whose_logits_do_not_fit_the_counters_take_the_kernel_for_many(monkeypatch):
+    x, (norm, w) = random(12, 13, 512), network()
+    few = route(x, norm, w)
+    monkeypatch.setattr(router, "NUM_COUNTERS", 13 * CONFIG.num_experts * 2 - 1)
+    assert not router.makes_norms(13, CONFIG)
+    assert router.makes_norms(12, CONFIG)
+    for one, other in zip(route(x, norm, w), few, strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 def exact_logits(x, norm, w, layer=LAYER, index=INDEX):
@@ -244,10 +254,14 @@ def test_the_twins_of_the_comparisons_agree():
 
 def test_variants_have_each_cut_into_blocks(monkeypatch):
     monkeypatch.undo()
-    cuts = {(name, d.get("TILE_E")) for _, name, d, _ in router.variants(CONFIG)}
-    for rows in (1, 4, 16, 17, 1024, 1025, 4096):
+
+    def cut(name, defines):
+        return name, *(defines.get(key) for key in ("TILE_E", "TILE_T", "NT"))
+
+    cuts = {cut(name, defines) for _, name, defines, _ in router.variants(CONFIG)}
+    for rows in (1, 4, 16, 17, 32, 33, 1024, 1025, 4096):
         name, defines, _, size = router._route_launch(rows, CONFIG.num_layers, CONFIG)
-        assert (name, defines.get("TILE_E")) in cuts
+        assert cut(name, defines) in cuts
         assert size <= 99 * 1024
 
 

@@ -24,7 +24,7 @@ from jax import Array
 
 from jaxmoe import kernels
 from jaxmoe.config import ModelConfig
-from jaxmoe.kernels import ptx
+from jaxmoe.kernels import experts, ptx
 
 ROOT = Path(__file__).parents[1]
 ARCHES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -204,6 +204,19 @@ def test_every_variant_of_a_small_model_compiles(wrapper: str) -> None:
     assert rows
     for variant in rows:
         assert re.findall(r"\.entry (\w+)", compiled(variant, "sm_90")) == [variant[1]]
+
+
+def test_experts_of_more_rows_are_assembled_too(assemble: Assemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs of little shared memory: the tiles come from `group`."""
+    monkeypatch.setattr(ptx, "shared_limit", lambda: ptx.SMALL_SHARED)
+    assert experts.takes(100)
+    monkeypatch.setattr(experts, "_VARIANTS", (100,))
+    rows = list(experts.variants(SMALL))
+    assert rows
+    for file, name, defines, size in rows:
+        assert "LISTED" in defines
+        done = assemble(compiled((file, name, defines, size), "sm_89"), "sm_89")
+        assert done.accepted, done.log
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHES if arch != "sm_90"])
@@ -601,14 +614,21 @@ def test_a_device_gets_the_newest_ptx_that_it_runs(
 ) -> None:
     pretend(monkeypatch, capability)
     assert ptx._device_arch() == arch
+    assert ptx.has_clusters() == (arch in ("sm_90", "sm_100"))
 
 
-def test_an_older_nvrtc_compiles_for_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, "12.0")
+@pytest.mark.parametrize(
+    ("capability", "known", "arch"), [("12.0", [80, 86, 89, 90], "sm_90"), ("9.0", [80, 86, 89], "sm_89")]
+)
+def test_an_older_nvrtc_compiles_for_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch, capability: str, known: list[int], arch: str
+) -> None:
+    pretend(monkeypatch, capability)
     nvrtc = ptx._nvrtc()
-    known = (nvrtc.nvrtcResult.NVRTC_SUCCESS, [80, 86, 89, 90])
-    monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", lambda: known)
-    assert ptx._device_arch() == "sm_90"
+    answer = (nvrtc.nvrtcResult.NVRTC_SUCCESS, known)
+    monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", lambda: answer)
+    assert ptx._device_arch() == arch
+    assert not ptx.has_clusters()
 
 
 # --- what is installed

@@ -286,7 +286,8 @@ DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
 #endif
 
 #if defined(EMULATED) || __CUDA_ARCH__ < 900
-// Older GPUs have no bulk copies: pieces of 16 bytes by one thread or shared by `lanes`, whose own wait_copies waits for them.
+// Older GPUs have no bulk copies: pieces of 16 bytes by one thread or shared by `lanes`, whose own
+// wait_copies or arrive_with_copies waits for them.
 constexpr int BULK_COPIERS = 32;
 DEVICE bool is_bulk_copier() { return true; }
 DEVICE void fence_bulk() {}
@@ -308,7 +309,8 @@ constexpr bool HAS_CLUSTERS = false;
 DEVICE bool is_bulk_there(u64*, u32) { return true; }
 #endif
 
-// Between two looks at what another block writes. Where it never does, the launch ends with an error after some seconds.
+// Between two looks at what another block writes. Where it never does, the launch ends with an error after
+// a second or some.
 DEVICE void look_again(u32& looks) {
     constexpr u32 MOST_LOOKS = 1u << 24;
     if (++looks == MOST_LOOKS) __trap();

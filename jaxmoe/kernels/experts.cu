@@ -3,7 +3,7 @@
 // most steps in runs that are shared out beforehand, and the last ones from a counter, so that all end together. Most warps
 // multiply; FINISHING ones finish what was multiplied; one fetches the tiles' inputs and one the weights of some steps
 // ahead, each array of a step by one bulk copy. They wait for each other at barriers of phases, each warp on its own, so that
-// none keeps step with others. Columns past a tile's last are whatever they are.
+// none keeps step with others. Columns past a tile's last are whatever they are. 16 rows of a weight are called a tile of rows.
 //
 // While a block's last steps of gate_up are multiplied, weights of down already come to where earlier ones lay. The hidden
 // rows of a tile are those of several blocks, which count in progress[tile] what they have finished.
@@ -296,7 +296,7 @@ template <class F, class Rows, int N> DEVICE void multiply_lane(float (&sums)[N]
     }
 }
 
-// The sums of a unit in shared memory, column by column; with 4 floats behind a column its writers share no bank. Column c
+// The sums of 16 rows and a segment in shared memory, column by column; with 4 floats behind a column its writers share no bank. Column c
 // is at c ^ 4 in every second tile of down's rows: what lanes read of two tiles at once shares no bank either.
 struct Partial {
     float sums[COLUMNS][16 + 4];

@@ -29,7 +29,7 @@ _STAGES = (6, 5, 4, 3, 2, 0)  # steps of a product that are kept; 0: it does not
 _SUMS = (3, 2)  # steps of gate_up and of down whose sums are kept, at least
 _MOST_SUMS = 4
 _COUNTERS = 2  # behind the tiles' progress: what blocks have taken of gate_up and of down
-_PARTIAL = FEW_TILE * (16 + 4) * 4  # bytes of the sums of a unit: 16 rows and a segment
+_PARTIAL = FEW_TILE * (16 + 4) * 4  # bytes of a partial: the sums of 16 rows and a segment
 _VARIANTS = (8, 64)
 _COMPARED_ROWS = (2, 8, 64)
 
@@ -83,10 +83,10 @@ def run(
 def _launch(num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) -> Launch:
     gate, _, down = weights
     steps = _steps(num_rows, weights, config)
-    units = _num_partials(steps.row_tiles, weights)
+    partials = _num_partials(steps.row_tiles, weights)
     # a warp's units, of two partials, lie no further apart than the stages
-    most = min(steps.gate_up * units[0] // 2, steps.down * units[1] // min(steps.row_tiles, 2))
-    warps = min(max(units), _MOST_MULTIPLYING, most) + _OTHER_WARPS
+    most = min(steps.gate_up * partials[0] // 2, steps.down * partials[1] // min(steps.row_tiles, 2))
+    warps = min(max(partials), _MOST_MULTIPLYING, most) + _OTHER_WARPS
     defines: Defines = {
         "K": gate.shape[-1], "INNER": down.shape[-1], "MATRICES": config.num_experts,
         "ACTIVE": config.experts_per_token, "NUM_ROWS": num_rows, "DOWNS": down.shape[0], "NORMS": 1,
@@ -94,9 +94,8 @@ def _launch(num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) 
         "DOWN_STAGES": steps.down, "ROW_TILES": steps.row_tiles, "DOWN_INPUTS": steps.inputs,
     }  # fmt: skip
     kept = _kept_partials(steps.row_tiles, weights)
-    defines |= {
-        f"{name}_SUMS": min(kept // n, _MOST_SUMS) for name, n in zip(("GATE_UP", "DOWN"), units, strict=True)
-    }
+    for name, n in zip(("GATE_UP", "DOWN"), partials, strict=True):
+        defines[f"{name}_SUMS"] = min(kept // n, _MOST_SUMS)
     defines |= {f"FORMAT_{i}": packed.format_macro(w) for i, w in enumerate(weights)}
     if num_rows > FEW_ROWS:
         defines["LISTED"] = 1
@@ -119,7 +118,7 @@ class _Steps(NamedTuple):
 def _steps(num_rows: int, weights: Sequence[QuantTensor], config: ModelConfig) -> _Steps:
     """As many tiles a step as do well: one has its costs however much it multiplies.
 
-    That is a unit for each warp, or two where three such steps and as many of gate_up as ever fit in.
+    That is a partial for each warp, or two where three such steps and as many of gate_up as ever fit in.
     """
     all_steps = [_steps_of(row_tiles, num_rows, weights, config) for row_tiles in _ROW_TILES]
     first = all_steps[0]
@@ -163,7 +162,7 @@ def _segments(w: QuantTensor) -> int:
 
 
 def _num_partials(row_tiles: int, weights: Sequence[QuantTensor]) -> tuple[int, int]:
-    """Of gate_up and of down: sums of 16 rows and a segment in a step."""
+    """Of gate_up and of down: partials of a step."""
     return 2 * _segments(weights[0]), row_tiles * _segments(weights[2])
 
 

@@ -2,7 +2,7 @@
 // rows and 8 * COLUMN_TILES columns: each weight is unpacked for all of those, each column read for all of those rows.
 // Everything that the block reads comes to shared memory at once, by bulk copies of whole rows. Two blocks can be a cluster: of
 // the same columns (PEERS), each copies half of the inputs for both; or each takes half of the segments (K_PARTS), and the
-// first hands its sums over.
+// first hands its sums over. Formats with two scales a block have two parts of a block too: PARTS.
 // Scales of the weights are made floats once for the block, while codes are on their way. The segments meet in shared memory.
 #include "weights.cuh"
 

@@ -1,7 +1,7 @@
 """CUDA kernels as XLA custom calls: NVRTC compiles a source to PTX, XLA launches it, the driver assembles it.
 
 The name of the custom call is XLA's own and no public interface: only this file says it, and `unavailable`
-tries it once. Sources are `jaxmoe/kernels/*.cu`; they include nothing but common.cuh.
+tries it once. Sources are `jaxmoe/kernels/*.cu`; they include nothing but the headers beside them.
 """
 
 from __future__ import annotations
@@ -116,8 +116,13 @@ def shared_limit() -> int:
 
 
 def has_clusters() -> bool:
-    """Whether blocks can be clusters: from capability 9.0 on, but for GPUs of little shared memory."""
-    return shared_limit() >= _SHARED_SIZES["9.0"]
+    """Whether blocks can be clusters: from sm_90 on, but for GPUs of little shared memory.
+
+    What is compiled for decides too: NVRTC may be older than the GPU.
+    """
+    if shared_limit() < _SHARED_SIZES["9.0"]:
+        return False
+    return jax.default_backend() != "gpu" or int(_device_arch().removeprefix("sm_")) >= 90
 
 
 def knows_multiprocessors() -> bool:
