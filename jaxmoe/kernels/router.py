@@ -24,7 +24,7 @@ from jaxmoe.kernels.rounding import Rounded, readable, rounded_shapes
 from jaxmoe.kernels.rows import norm_quantise_twin, rms_norm
 
 FILE: Final = "router.cu"
-NUM_COUNTERS: Final = 1 << 20  # of attention too: key heads times slots
+NUM_COUNTERS: Final = 1 << 20  # attention: key heads times slots; few rows: parts of their logits
 SEGMENT: Final = 256
 MAX_EXPERTS: Final = 256
 MAX_EXPERTS_PER_TOKEN: Final = 16
