@@ -26,7 +26,8 @@ from jaxmoe.cache import KVCache
 from jaxmoe.config import EngineConfig, ModelConfig
 from jaxmoe.kernels import attention as kernel_attention
 from jaxmoe.kernels import router
-from jaxmoe.kernels.rounding import round_rows, rounded_values
+from jaxmoe.kernels.rounding import Rounded, round_rows, rounded_values
+from jaxmoe.kernels.rows import norm_quantise_twin
 from jaxmoe.layers import matmul
 from jaxmoe.model import Decoder
 from jaxmoe.moe import MoE
@@ -192,10 +193,14 @@ def in_step_call(
         _, cache = kernel_call(model, token_ids, cache, where, tables)
     rows = _rows(model.config, cache, token_ids.shape[0], where, tables)
     # only the last layer's answer is read: those before it were replaced by the kernels'
-    layer = jnp.int32(model.config.num_layers - 1)
+    last = model.config.num_layers - 1
+    layer = jnp.int32(last)
     with _rounding(model.config, where, tables):
         x = states[-2]
-        y, _ = model.attention(decoder._normed(model.attn_norm, x, rows, layer), cache, rows, layer)
+        # rounded before it is multiplied by 1 / rms, as the kernels do: that decides some codes
+        norm = model.attn_norm.weight[...]
+        normed = norm_quantise_twin(x, norm, where[2:3], eps=model.config.norm_eps, layer=last)
+        y, _ = model.attention(rounded_values(Rounded(*normed)), cache, rows, layer)
         x = x + y
         x = x + model.moe(decoder._normed(model.moe_norm, x, rows, layer), rows.num_rows, layer)
         return model.logits(x, rows.num_rows), cache
@@ -232,9 +237,14 @@ def _rounding(config: ModelConfig, where: Array, tables: Array) -> Iterator[None
     """What is traced inside takes rounded activations into its products and attention."""
 
     def attend(q: Array, cache: KVCache, rows: Any, layer: Array) -> Array:
-        q = q.astype(jnp.bfloat16).astype(jnp.float32)
         mixed = kernel_attention.prefill_twin(
-            q, where, tables, cache.keys, cache.values, config=config, layer=cast(int, layer)
+            kernel_attention.to_bfloat16(q),
+            where,
+            tables,
+            cache.keys,
+            cache.values,
+            config=config,
+            layer=cast(int, layer),
         )
         return mixed.reshape(q.shape)
 
