@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,20 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptx, "unavailable", lambda: None)
     # few blocks, with some work each
     monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 6)
+
+
+@pytest.fixture
+def use_older(emulated: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, a GPU below 9.0 is emulated: without bulk copies and clusters."""
+    import emulator
+
+    from jaxmoe.kernels import ptx
+
+    def use() -> None:
+        monkeypatch.setattr(emulator, "ARCH", 800)
+        monkeypatch.setattr(ptx, "has_clusters", lambda: False)
+
+    return use
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -125,15 +125,15 @@ struct Fiber {
     std::vector<Copy> copies;
 };
 
-struct Mail {  // what another block copies here
+struct Mail {  // a bulk copy on its way to a block's shared memory
     void* to;
-    const void* barrier;
+    const uint64_t* barrier;
     std::vector<char> bytes;
-    bool is_there = false;
 };
-struct Cluster {  // one a block; `arrived` counts in the first of a cluster
+struct Traffic {  // one a block; `arrived` counts in the first of a cluster
     long arrived = 0;
     std::vector<Mail> mail;
+    std::vector<uint64_t*> barriers;
 };
 
 struct Warp {
@@ -185,7 +185,7 @@ EMULATOR_STATE Launch* launch = nullptr;
 EMULATOR_STATE uint32_t ready_warps = 0;
 EMULATOR_STATE int num_threads = 0, num_at_barrier = 0, num_returned = 0, num_at_blocks = 0;
 EMULATOR_STATE int num_steps = 0;  // that blocks made beside waiting for each other
-EMULATOR_STATE std::vector<Cluster>* clusters = nullptr;
+EMULATOR_STATE std::vector<Traffic>* traffic = nullptr;
 EMULATOR_STATE bool failed = false;
 EMULATOR_STATE pthread_t runner = 0;
 EMULATOR_STATE char* fault_address = nullptr;
@@ -282,24 +282,54 @@ __attribute__((noinline)) static void barrier(int line, const char* file) {
     if (running->wait == BARRIER) run_next();
 }
 
-// A barrier of phases: how many have to arrive, how many still have to, and the phase.
+// A barrier of phases: how many have to arrive, how many still have to, the phase, and the bytes that still have to come.
 struct Phases {
-    uint16_t all, left;
-    uint32_t phase;
+    uint16_t all, left : 15, phase : 1;
+    int32_t bytes;
 };
-static void init_phases(uint64_t* p, int arrivals) { *(Phases*)p = {(uint16_t)arrivals, (uint16_t)arrivals, 0}; }
-static void arrive(uint64_t* p) {
-    Phases& phases = *(Phases*)p;
-    num_steps++;
-    if (--phases.left) return;
-    phases.left = phases.all, phases.phase ^= 1;
+static Traffic& traffic_of(unsigned x, unsigned y) { return traffic->at(((size_t)blockIdx.z * gridDim.y + y) * gridDim.x + x); }
+static void init_phases(uint64_t* p, int arrivals) {
+    *(Phases*)p = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 0};
+    traffic_of(blockIdx.x, blockIdx.y).barriers.push_back(p);
+}
+static void wake(const uint64_t* p) {
     for (int i = 0; i < num_threads; i++)
         if (fibers[i].wait == PHASE && fibers[i].phases == p) warps[i / 32].ready |= 1u << (i % 32), ready_warps |= 1u << (i / 32);
 }
+static void end_phase_if_over(uint64_t* p) {
+    Phases& phases = *(Phases*)p;
+    num_steps++;
+    if (phases.left || phases.bytes > 0) return;
+    if (phases.bytes) EMULATOR_FAIL("%d bytes more than a phase expects were copied", -phases.bytes);
+    phases.left = phases.all, phases.phase ^= 1;
+    wake(p);
+}
+static void arrive(uint64_t* p, int bytes, int line, const char* file) {
+    Phases& phases = *(Phases*)p;
+    if (!phases.left) EMULATOR_FAIL("an arrival too many in %s:%d", base_name(file), line);
+    phases.left--, phases.bytes += bytes;
+    end_phase_if_over(p);
+}
+// What is on its way to the barrier's block comes.
+static void receive(uint64_t* p) {
+    std::vector<Mail>& all = traffic_of(blockIdx.x, blockIdx.y).mail;
+    std::vector<Mail> mail, others;
+    for (Mail& one : all) (one.barrier == p ? mail : others).push_back(std::move(one));
+    all = std::move(others);
+    for (const Mail& one : mail) memcpy(one.to, one.bytes.data(), one.bytes.size()), ((Phases*)p)->bytes -= (int)one.bytes.size();
+    if (!mail.empty()) end_phase_if_over(p);
+}
+__attribute__((noinline)) static void wait_for_blocks(int line, const char* file);
 __attribute__((noinline)) static void wait_phase(uint64_t* p, uint32_t parity, int line, const char* file) {
     while (((Phases*)p)->phase == parity) {
-        running->wait = PHASE, running->phases = p, running->line = line, running->file = file;
-        run_next();
+        receive(p);
+        if (((Phases*)p)->phase != parity) break;
+        if (running->arrivals) {  // the other block of the cluster may copy here
+            wait_for_blocks(line, file);
+        } else {
+            running->wait = PHASE, running->phases = p, running->line = line, running->file = file;
+            run_next();
+        }
     }
 }
 
@@ -421,6 +451,19 @@ static void check_shared_guard() {
             failed = true;
         }
 }
+static void check_barriers() {
+    for (const uint64_t* p : traffic_of(blockIdx.x, blockIdx.y).barriers) {
+        const Phases& phases = *(const Phases*)p;
+        if (failed || (phases.left == phases.all && !phases.bytes)) continue;
+        say("block (%u, %u, %u) left a phase with %d of %d arrivals and %d bytes to come", blockIdx.x, blockIdx.y, blockIdx.z,
+            phases.left, phases.all, phases.bytes);
+        failed = true;
+    }
+}
+static void check_mail() {
+    for (const Traffic& one : *traffic)
+        if (!failed && !one.mail.empty()) say("%d bytes were copied that no thread waited for", (int)one.mail[0].bytes.size()), failed = true;
+}
 static void set_block(Block& block) {
     long x = launch->grid[0], y = launch->grid[1], number = block.number;
     blockIdx = {(unsigned)(number % x), (unsigned)(number / x % y), (unsigned)(number / x / y)};
@@ -453,6 +496,7 @@ static bool run_block() {
     emulator_switch(&main_stack, running->stack);
     if (failed || num_returned < num_threads) return false;
     check_shared_guard();
+    check_barriers();
     return true;
 }
 static void leave_block(Block& block) {
@@ -643,9 +687,10 @@ static bool run(Launch* now) {
         if (!written) mprotect(memories[i].base + PAGE, memories[i].pages * PAGE, PROT_READ);
     }
     parameters = pointers.data();
-    std::vector<Cluster> all_clusters((size_t)launch->grid[0] * launch->grid[1]);
-    clusters = &all_clusters;
+    std::vector<Traffic> all_traffic((size_t)launch->grid[0] * launch->grid[1] * launch->grid[2]);
+    traffic = &all_traffic;
     with_fault_handler(run_grid);
+    if (!failed) check_mail();
     if (fault_address || launch->code_address) say_fault(memories);
     if (!failed) check_guards(memories);
     for (size_t i = 0; i < memories.size(); i++) {
@@ -850,47 +895,64 @@ static inline double max(double x, double y) { return fmax(x, y); }
 
 // ---------------------------------------------------------------- what common.cuh has as assembly
 static inline void let_others_run(EMULATOR_CALLER) { emulator::wait_for_blocks(line, file); }
-// Clusters of X * Y blocks, two at most. What one copies to the other lies there when that one has waited for it.
-constexpr bool HAS_CLUSTERS = true;
-namespace emulator {
-static inline Cluster& cluster(unsigned x, unsigned y) { return clusters->at((size_t)y * gridDim.x + x); }
-template <int X, int Y> static inline Cluster& first_of_cluster() {
-    if (gridDim.x % X || gridDim.y % Y) EMULATOR_FAIL("a grid that is not made of whole clusters");
-    return cluster(blockIdx.x / X * X, blockIdx.y / Y * Y);
+static inline void init_phases(unsigned long long* p, int arrivals) { emulator::init_phases((uint64_t*)p, arrivals); }
+static inline void arrive(unsigned long long* p, EMULATOR_CALLER) { emulator::arrive((uint64_t*)p, 0, line, file); }
+static inline void arrive_with_copies(unsigned long long* p, EMULATOR_CALLER) {
+    emulator::complete(*emulator::running, emulator::running->groups + 1);
+    emulator::arrive((uint64_t*)p, 0, line, file);
 }
-static inline void send(Cluster& to, void* shared, const void* bytes, size_t size, const void* barrier) {
-    if (((uintptr_t)shared & 15) || size % 16 || !is_shared(shared, size)) EMULATOR_FAIL("a copy to another block takes aligned bytes of shared memory");
-    to.mail.push_back({shared, barrier, std::vector<char>((const char*)bytes, (const char*)bytes + size)});
+// The look waits until it is.
+static inline bool is_phase_over(unsigned long long* p, unsigned parity, EMULATOR_CALLER) {
+    emulator::wait_phase((uint64_t*)p, parity, line, file);
+    return true;
+}
+#if EMULATED >= 900
+// Bulk copies, and clusters of X * Y blocks, two at most. What is copied lies there when it has been waited for.
+constexpr int BULK_COPIERS = 1;
+constexpr bool HAS_CLUSTERS = true;
+#define CLUSTER(x, y)
+namespace emulator {
+template <int X, int Y> static inline Traffic& first_of_cluster() {
+    if (gridDim.x % X || gridDim.y % Y) EMULATOR_FAIL("a grid that is not made of whole clusters");
+    return traffic_of(blockIdx.x / X * X, blockIdx.y / Y * Y);
+}
+static inline void send(Traffic& to, void* shared, const void* bytes, size_t size, const void* barrier, int line, const char* file) {
+    if (((uintptr_t)shared & 15) || ((uintptr_t)bytes & 15) || size % 16 || !is_shared(shared, size))
+        EMULATOR_FAIL("a bulk copy in %s:%d takes aligned bytes to shared memory", base_name(file), line);
+    to.mail.push_back({shared, (const uint64_t*)barrier, std::vector<char>((const char*)bytes, (const char*)bytes + size)});
     num_steps++;
+    if (&to != &traffic_of(blockIdx.x, blockIdx.y)) return;
+    memset(shared, 0xFF, size);
+    wake((const uint64_t*)barrier);
 }
 }  // namespace emulator
-template <int X, int Y> static inline void arrive_in_cluster() {
+static inline bool is_bulk_copier(EMULATOR_CALLER) {
+    __syncwarp(0xffffffffu, line, file);
+    return emulator::running->lane == (emulator::launch->reversed ? 31 : 0);
+}
+static inline void fence_bulk() {}
+static inline void fence_barriers() {}
+static inline void expect_bulk(unsigned long long* p, uint32_t size, EMULATOR_CALLER) { emulator::arrive((uint64_t*)p, (int)size, line, file); }
+static inline void copy_bulk(void* shared, const void* global, uint32_t size, unsigned long long* barrier, int = 0, int = 1, EMULATOR_CALLER) {
+    emulator::send(emulator::traffic_of(blockIdx.x, blockIdx.y), shared, global, size, barrier, line, file);
+}
+template <int X, int Y> static inline void arrive_in_cluster(EMULATOR_CALLER) {
+    __syncwarp(0xffffffffu, line, file);
     emulator::first_of_cluster<X, Y>().arrived++, emulator::running->arrivals++, emulator::num_steps++;
 }
 template <int X, int Y> static inline void wait_in_cluster(EMULATOR_CALLER) {
+    __syncwarp(0xffffffffu, line, file);
     while (emulator::first_of_cluster<X, Y>().arrived < (long)emulator::running->arrivals * X * Y * emulator::num_threads)
         emulator::wait_for_blocks(line, file);
 }
-template <int X, int Y> static inline void copy_bulk_to_both(void* shared, const void* global, uint32_t size, unsigned long long* barrier) {
-    if (emulator::running->lane) return;
-    memcpy(shared, global, size);
-    emulator::send(emulator::cluster(blockIdx.x ^ (X - 1), blockIdx.y ^ (Y - 1)), shared, global, size, barrier);
+template <int X, int Y> static inline void copy_bulk_to_both(void* shared, const void* global, uint32_t size, unsigned long long* barrier, EMULATOR_CALLER) {
+    emulator::send(emulator::traffic_of(blockIdx.x, blockIdx.y), shared, global, size, barrier, line, file);
+    emulator::send(emulator::traffic_of(blockIdx.x ^ (X - 1), blockIdx.y ^ (Y - 1)), shared, global, size, barrier, line, file);
 }
-static inline void copy_bulk_to_next(void* shared, uint32_t size, unsigned long long* barrier) {
-    emulator::send(emulator::cluster(blockIdx.x + 1, blockIdx.y), shared, shared, size, barrier);
+static inline void copy_bulk_to_next(void* shared, uint32_t size, unsigned long long* barrier, EMULATOR_CALLER) {
+    emulator::send(emulator::traffic_of(blockIdx.x + 1, blockIdx.y), shared, shared, size, barrier, line, file);
 }
-static inline void wait_bulk_of_other(unsigned long long* barrier, uint32_t size, EMULATOR_CALLER) {
-    std::vector<emulator::Mail>& mail = emulator::cluster(blockIdx.x, blockIdx.y).mail;
-    while (true) {
-        size_t there = 0;
-        for (const emulator::Mail& one : mail) there += one.barrier == barrier ? one.bytes.size() : 0;
-        if (there > size) EMULATOR_FAIL("%d bytes from another block in %s:%d, not %d", (int)there, emulator::base_name(file), line, (int)size);
-        if (there == size) break;
-        emulator::wait_for_blocks(line, file);
-    }
-    for (emulator::Mail& one : mail)
-        if (one.barrier == barrier && !one.is_there) memcpy(one.to, one.bytes.data(), one.bytes.size()), one.is_there = true;
-}
+#endif
 static inline uint32_t dynamic_shared_size() { return emulator::launch->shared_size + emulator::launch->number; }
 static inline float half_to_float(unsigned short bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -1034,15 +1096,6 @@ static inline void copy_async(void* shared, const void* global, bool wanted = tr
 static inline void commit_copies() { emulator::running->groups++; }
 template <int PENDING> static inline void wait_copies() {
     emulator::complete(*emulator::running, emulator::running->groups - PENDING);
-}
-static inline void init_phases(unsigned long long* p, int arrivals) { emulator::init_phases((uint64_t*)p, arrivals); }
-static inline void arrive(unsigned long long* p) { emulator::arrive((uint64_t*)p); }
-static inline void arrive_with_copies(unsigned long long* p) {
-    emulator::complete(*emulator::running, emulator::running->groups + 1);
-    emulator::arrive((uint64_t*)p);
-}
-static inline void wait_phase(unsigned long long* p, unsigned parity, EMULATOR_CALLER) {
-    emulator::wait_phase((uint64_t*)p, parity, line, file);
 }
 static inline float exp2_fast(float x) {
     float y = exp2f(fabsf(x) < 0x1p-126f ? 0.f : x);

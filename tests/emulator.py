@@ -2,8 +2,9 @@
 
 Threads are fibers; blocks run one after another, or by turns where they wait for each other. It finds: wrong
 results, deadlocks, accesses outside of an array, writes to an input, unaligned vector accesses, reads of
-shared memory that nobody wrote (NaN), missing waits for asynchronous copies, results that depend on the order
-of threads or blocks. It cannot find: races that neither order shows, and anything about speed.
+shared memory that nobody wrote (NaN), missing waits for asynchronous copies, phases with other arrivals or
+bytes than they expect, results that depend on the order of threads or blocks. It cannot find: races that
+neither order shows, and anything about speed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ COMPILE = (
     *("-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv", "-fno-ipa-reference", "-fno-exceptions"),
     *(CHECKS, "-fno-sanitize-recover=all", "-Wno-unknown-pragmas", "-Wno-attributes"),
 )
+ARCH = 900  # that is emulated; one below has neither bulk copies nor clusters
 NUM_STACKS = 16 * 1024  # of threads that are under way together
 STACKS_SIZE = NUM_STACKS * (128 * 1024 + 320)
 
@@ -111,8 +113,8 @@ def source_text(file: str, name: str, defines: Mapping[str, int | float | str]) 
     )
     bound = re.search(rf"KERNEL\(([^,]+),[^)]*\)\s*{name}\s*\(", text)
     macros = "\n".join("#define " + option[2:].replace("=", " ", 1) for option in define_options(defines))
-    return f"""#include "cuda_emulator.h"
-#define EMULATED 1
+    return f"""#define EMULATED {ARCH}
+#include "cuda_emulator.h"
 {macros}
 #line 1 "{path.name}"
 {text}

@@ -29,6 +29,15 @@ SOURCE = """
 #ifndef SENT
 #define SENT 16
 #endif
+#ifndef EXPECTED
+#define EXPECTED 64
+#endif
+#ifndef ARRIVALS
+#define ARRIVALS 1
+#endif
+#ifndef TOLD
+#define TOLD 0
+#endif
 #ifndef SILENT
 #define SILENT -1
 #endif
@@ -108,19 +117,40 @@ KERNEL(64, 1) relay(const u32*, u32* out) {
 KERNEL(64, 1) paired(const uint4* x, uint4* out) {
     __shared__ u64 arrived, handed;
     __shared__ uint4 both[2], own;
+    u32 second = blockIdx.x % 2;
+    if (threadIdx.x == 0) {
+        init_phases(&arrived, 1), init_phases(&handed, 1);
+        expect_bulk(&arrived, 32), expect_bulk(&handed, second ? SENT : 0);
+    }
     arrive_in_cluster<2, 1>();
     wait_in_cluster<2, 1>();
-    u32 second = blockIdx.x % 2;
-    if (threadIdx.x < 32) copy_bulk_to_both<2, 1>(&both[second], x + second, 16, &arrived);
-    if (WAIT) wait_bulk_of_other(&arrived, 16);
+    if (threadIdx.x == 0) copy_bulk_to_both<2, 1>(&both[second], x + second, 16, &arrived);
+    if (WAIT) wait_phase(&arrived, 0);
+    uint4 found = both[threadIdx.x % 2];
     __syncthreads();
-    if (second) wait_bulk_of_other(&handed, SENT);
+    wait_phase(&arrived, 0);
+    if (second) wait_phase(&handed, 0);
     if (!second && threadIdx.x == 0) {
         own = make_uint4(blockIdx.x + 7, 0, 0, 0);
         copy_bulk_to_next(&own, 16, &handed);
     }
     __syncthreads();
-    if (threadIdx.x < 3) out[3 * blockIdx.x + threadIdx.x] = threadIdx.x < 2 ? both[threadIdx.x] : own;
+    if (threadIdx.x < 3) out[3 * blockIdx.x + threadIdx.x] = threadIdx.x < 2 ? found : own;
+}
+// Four rows by bulk copies, for which all threads wait; some of the second warp may have to arrive too.
+KERNEL(64, 1) bulk(const uint4* x, uint4* out) {
+    __shared__ u64 arrived;
+    __shared__ uint4 rows[4];
+    if (threadIdx.x == 0) init_phases(&arrived, ARRIVALS);
+    __syncthreads();
+    if (threadIdx.x == 0) expect_bulk(&arrived, EXPECTED);
+    __syncthreads();
+    for (int i = 32; i < 32 + TOLD; i++)
+        if (threadIdx.x == i) arrive(&arrived);
+    if (threadIdx.x < 4) copy_bulk(rows + threadIdx.x, x + threadIdx.x, 16, &arrived);
+    if (WAIT) wait_phase(&arrived, 0);
+    __syncthreads();
+    if (threadIdx.x < 4) out[threadIdx.x] = rows[threadIdx.x];
 }
 KERNEL(64, 1) mistake(const int* x, int* out) {
     extern __shared__ __align__(16) u8 shared[];
@@ -276,6 +306,31 @@ def test_mistakes_in_clusters_are_reported(run: Run) -> None:
         paired(run, blocks=3)
     with pytest.raises(EmulatorError, match=r"deadlock .*threads wait at other blocks"):
         paired(run, SENT=32)
+
+
+@pytest.mark.parametrize("defines", [{}, {"ARRIVALS": 3, "TOLD": 2}])
+def test_a_phase_waits_for_arrivals_and_bytes(run: Run, defines: dict[str, int]) -> None:
+    x = np.arange(16, dtype=np.uint32).reshape(4, 4)
+    assert (run("bulk", (4, 4), jnp.uint32, x, threads=64, defines=defines) == x).all()
+
+
+@pytest.mark.parametrize(
+    ("message", "defines"),
+    [
+        (r"deadlock in block \(0, 0, 0\): 64 threads wait at a phase", {"ARRIVALS": 2}),
+        (r"deadlock in block \(0, 0, 0\): 64 threads wait at a phase", {"EXPECTED": 80}),
+        ("8 bytes more than a phase expects were copied", {"EXPECTED": 56}),
+        ("16 bytes were copied that no thread waited for", {"EXPECTED": 48}),
+        (r"an arrival too many in emulated.cu:\d+", {"TOLD": 1, "EXPECTED": 80}),
+        ("left a phase with 1 of 3 arrivals and 64 bytes to come", {"ARRIVALS": 3, "TOLD": 1, "WAIT": 0}),
+        ("16 bytes were copied that no thread waited for", {"EXPECTED": 0}),
+        ("left a phase with 0 of 1 arrivals and 64 bytes to come", {"WAIT": 0}),
+    ],
+)
+def test_mistakes_in_phases_are_reported(run: Run, message: str, defines: dict[str, int]) -> None:
+    x = np.arange(16, dtype=np.uint32).reshape(4, 4)
+    with pytest.raises(EmulatorError, match=message):
+        run("bulk", (4, 4), jnp.uint32, x, threads=64, defines=defines)
 
 
 MISTAKES = {

@@ -13,7 +13,7 @@ import pytest
 from kernel_config import small_config
 
 from jaxmoe.config import ModelConfig
-from jaxmoe.kernels import attention
+from jaxmoe.kernels import attention, ptx
 from jaxmoe.kernels.attention import attend_decode, attend_prefill, decode_arrays, prepare
 from jaxmoe.kernels.rounding import Rounded, rounded_values
 
@@ -197,7 +197,8 @@ def test_less_shared_memory_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch)
     state = decode_arrays(WIDE, 17, (1300, 513), 256)
     monkeypatch.setattr(attention, "_num_blocks", lambda *_: 4)
     wanted = decode(state, WIDE)
-    monkeypatch.setattr(attention, "_has_large_shared", lambda: False)
+    monkeypatch.setattr(ptx, "shared_limit", lambda: ptx.SMALL_SHARED)
+    assert (attention._buffers(), attention._query_rows()) == (2, (64, 1))
     assert same(decode(state, WIDE), wanted)
 
 

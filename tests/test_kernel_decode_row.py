@@ -102,6 +102,11 @@ def test_it_gives_the_bits_of_the_kernels_it_stands_for(monkeypatch):
     check(monkeypatch, positions=(0, 1, 127, 128, 300))
 
 
+def test_older_gpus_give_the_bits_of_theirs(monkeypatch, use_older):
+    use_older()
+    check(monkeypatch, positions=(128,))
+
+
 def test_of_many_segments_runs_are_parts(monkeypatch):
     """Blocks with one run and with two, the last one not full; a part of one segment."""
     config = replace(CONFIG, num_layers=2, context_length=4096)

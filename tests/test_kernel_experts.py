@@ -150,6 +150,14 @@ def test_lists_of_more_rows_come_from_group(monkeypatch):
         assert one.tobytes() == other.tobytes()
 
 
+@pytest.mark.parametrize("down", [G.Q4_K, G.Q6_K])
+def test_older_gpus_give_the_same_bits(down, use_older):
+    expected = run(down, NUM_ROWS, 39)
+    use_older()
+    for one, other in zip(run(down, NUM_ROWS, 39), expected, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
 def test_more_rows_are_few_where_shared_memory_is_small(monkeypatch):
     assert [experts.takes(number) for number in (1, 64, 65)] == [True, True, False]
     monkeypatch.setattr(ptx, "shared_limit", lambda: ptx.SMALL_SHARED)
@@ -190,7 +198,7 @@ def test_the_shapes_of_a_real_model_fit_the_gpus_they_are_meant_for(capability, 
     limit = ptx._SHARED_SIZES[capability]
     monkeypatch.setattr(ptx, "shared_limit", lambda: limit)
     found = list(experts.variants(real_config()))
-    assert max(size for *_, size in found) + matmul._STATIC_SIZE <= limit
+    assert max(size for *_, size in found) + matmul.STATIC_SIZE <= limit
     assert [defines["GATE_UP_STAGES"] for _, _, defines, _ in found] == [gate_up] * 4
     assert [(defines["DOWN_STAGES"], defines["ROW_TILES"]) for _, _, defines, _ in found] == down * 2
 
@@ -216,4 +224,4 @@ def test_the_launch_number_of_the_last_layer_fits(
     weights = packed.absent_weights((G.Q4_K, G.Q4_K, down), (wide, wide, narrow))
     for num_rows in (8, 64):
         launch = experts._launch(num_rows, weights, real_config())
-        assert launch.shared_size + num_layers**2 - 1 + matmul._STATIC_SIZE <= limit
+        assert launch.shared_size + num_layers**2 - 1 + matmul.STATIC_SIZE <= limit

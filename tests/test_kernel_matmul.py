@@ -227,12 +227,19 @@ def test_without_clusters_blocks_share_nothing(monkeypatch):
         assert max(one.parts * one.peers for one in blocks) == sharing
 
 
+@pytest.mark.parametrize("number", [8, 60])
+def test_older_gpus_give_the_same_bits(number, use_older):
+    w, inputs, expected = eight_at_a_time(G.Q4_K)
+    use_older()
+    assert_same_bits(attn_output(first(inputs, number), w), expected[:number])
+
+
 def test_a_block_leaves_room_for_the_launch_number(monkeypatch):
     monkeypatch.setattr(ptx, "shared_limit", lambda: 232448)
     monkeypatch.setattr(ptx, "num_multiprocessors", lambda: 114)
     weights = packed.absent_weights([G.Q4_K], [(48, 2048, 4096)])
     launch = matmul._dense_launch("out", matmul._absent_rounded(32, 4096), weights, has_residual=True)
-    assert launch.shared_size + 48 + matmul._STATIC_SIZE <= 232448
+    assert launch.shared_size + 48 + matmul.STATIC_SIZE <= 232448
 
 
 @pytest.mark.parametrize(("ggml_type", "number"), [(G.Q4_K, 64), (G.Q6_K, 17), (G.Q8_0, 5), (G.MXFP4, 33)])
@@ -502,7 +509,7 @@ def test_the_shapes_of_a_real_model_fit_the_gpus_they_are_meant_for(monkeypatch)
         monkeypatch.setattr(ptx, "shared_limit", lambda limit=limit: limit)
         variants = matmul.variants(config)
         sizes = [size for _, _, defines, size in variants if "<16," not in defines["FORMAT_0"]]
-        assert max(sizes) + matmul._STATIC_SIZE <= limit
+        assert max(sizes) + matmul.STATIC_SIZE <= limit
 
 
 def test_a_gpu_with_too_little_shared_memory_is_told_so(monkeypatch):

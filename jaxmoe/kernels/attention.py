@@ -26,10 +26,9 @@ _FILE = "attention.cu"
 _THREADS = 256
 _WARPS = 8
 # A block's queries in prefill, all heads of a key head of so many tokens, and the segments on their way at
-# once: fewer where a block may have no more than 99 KB of shared memory.
+# once: fewer where a block has less shared memory than the largest.
 _QUERY_ROWS, _STAGES = 128, 2
 _FEW_QUERY_ROWS, _FEW_STAGES = 64, 1
-_LARGE_SHARED = ("9.0", "10.0", "10.3")
 # Of a segment's keys or values, what a block of decode has on their way or in use at once.
 _BUFFERS, _FEW_BUFFERS = 3, 2
 _SEGMENTS_A_PROCESSOR = 4  # to so many of a key head, parts in decode are segments, not runs
@@ -221,17 +220,11 @@ def cache_macros(config: ModelConfig, keys: Any, tables: Any) -> _Macros:
 
 def _query_rows() -> tuple[int, int]:
     """A block's queries in prefill, and the segments on their way at once."""
-    return (_QUERY_ROWS, _STAGES) if _has_large_shared() else (_FEW_QUERY_ROWS, _FEW_STAGES)
+    return (_QUERY_ROWS, _STAGES) if ptx.has_large_shared() else (_FEW_QUERY_ROWS, _FEW_STAGES)
 
 
 def _buffers() -> int:
-    return _BUFFERS if _has_large_shared() else _FEW_BUFFERS
-
-
-def _has_large_shared() -> bool:
-    if jax.default_backend() != "gpu":
-        return True
-    return str(getattr(jax.devices()[0], "compute_capability", "")) in _LARGE_SHARED
+    return _BUFFERS if ptx.has_large_shared() else _FEW_BUFFERS
 
 
 def num_segments(keys: Any, tables: Any) -> int:

@@ -1,7 +1,13 @@
 // What every kernel shares: the few instructions CUDA C++ has no word for, and the sums whose order is fixed.
-// README.md beside this file gives the orders. Compiled by NVRTC without any header; `EMULATED` is set where
+// README.md beside this file gives the orders. Compiled by NVRTC without any header; `EMULATED` is the architecture where
 // the tests compile the same source for the CPU, which then brings its own versions of the first part.
 #pragma once
+
+#ifdef EMULATED
+#define ARCH EMULATED
+#else
+#define ARCH __CUDA_ARCH__
+#endif
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -110,13 +116,33 @@ DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-#if __CUDA_ARCH__ >= 900
+// A barrier of phases: one ends when so many threads have arrived, with parity 0 and 1 in turn.
+DEVICE void init_phases(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(arrivals) : "memory");
+}
+DEVICE void arrive(u64* barrier) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+// Once what this thread copies in the background is there. What it wrote itself is not published by it.
+DEVICE void arrive_with_copies(u64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+DEVICE bool is_phase_over(u64* barrier, u32 parity) {
+    u32 address = (u32)__cvta_generic_to_shared(barrier), is_over;
+#if ARCH >= 900
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#else
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#endif
+                 : "=r"(is_over)
+                 : "r"(address), "r"(parity)
+                 : "memory");
+    return is_over;
+}
+#if ARCH >= 900
 // Before bulk copies, by all threads: what they wrote to shared memory lies there before.
 DEVICE void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// A barrier that one thread tells once a phase how many bytes come; phases end in turn with parity 0 and 1.
-DEVICE void init_bulk(u64* barrier) {
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
-}
+// Arrives, and says how many bytes of bulk copies the phase waits for beside.
 DEVICE void expect_bulk(u64* barrier, u32 size) {
     u32 address = (u32)__cvta_generic_to_shared(barrier);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(size) : "memory");
@@ -147,9 +173,15 @@ template <int X, int Y> DEVICE void copy_bulk_to_both(void* shared, const void* 
 }
 // What the other blocks of the cluster must find of a barrier before their copies tell it.
 DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// All threads of the X * Y blocks of a cluster meet; what they wrote is not ordered by it.
-template <int X, int Y> DEVICE void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-template <int X, int Y> DEVICE void wait_in_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// All threads of the X * Y blocks of a cluster meet, a warp's at once; what they wrote is not ordered by it.
+template <int X, int Y> DEVICE void arrive_in_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+template <int X, int Y> DEVICE void wait_in_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // `size` bytes to the same place in shared memory of the cluster's block that is next in x, whose barrier is told.
 DEVICE void copy_bulk_to_next(void* shared, u32 size, u64* barrier) {
     u32 here = (u32)__cvta_generic_to_shared(shared), by = (u32)__cvta_generic_to_shared(barrier), rank, there, by_there;
@@ -162,38 +194,7 @@ DEVICE void copy_bulk_to_next(void* shared, u32 size, u64* barrier) {
 }
 #define CLUSTER(x, y) __cluster_dims__(x, y, 1)
 constexpr bool HAS_CLUSTERS = true;
-DEVICE bool is_bulk_there(u64* barrier, u32 parity) {
-    u32 address = (u32)__cvta_generic_to_shared(barrier), is_there;
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(is_there)
-                 : "r"(address), "r"(parity)
-                 : "memory");
-    return is_there;
-}
 #endif
-// A barrier of phases: one ends when so many threads have arrived, with parity 0 and 1 in turn.
-DEVICE void init_phases(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(arrivals) : "memory");
-}
-DEVICE void arrive(u64* barrier) {
-    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
-}
-// Once what this thread copies in the background is there.
-DEVICE void arrive_with_copies(u64* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
-}
-DEVICE bool is_phase_over(u64* barrier, u32 parity) {
-    u32 address = (u32)__cvta_generic_to_shared(barrier), is_over;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-#else
-    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-#endif
-                 : "=r"(is_over)
-                 : "r"(address), "r"(parity)
-                 : "memory");
-    return is_over;
-}
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -285,28 +286,26 @@ DEVICE int dot_of_bytes(u32 a, u32 b, int sum) {
 }
 #endif
 
-#if defined(EMULATED) || __CUDA_ARCH__ < 900
+#if ARCH < 900
 // Older GPUs have no bulk copies: pieces of 16 bytes by one thread or shared by `lanes`, whose own
-// wait_copies or arrive_with_copies waits for them.
+// wait_copies or arrive_with_copies waits for them. They have no clusters either.
 constexpr int BULK_COPIERS = 32;
 DEVICE bool is_bulk_copier() { return true; }
 DEVICE void fence_bulk() {}
-DEVICE void init_bulk(u64*) {}
-DEVICE void expect_bulk(u64*, u32) {}
+DEVICE void expect_bulk(u64* barrier, u32) {  // all lanes that copy may say it, the first one arrives
+    if ((threadIdx.x & 31) == 0) arrive(barrier);
+}
 DEVICE void copy_bulk(void* shared, const void* global, u32 size, u64*, int lane = 0, int lanes = 1) {
 #pragma unroll 4
     for (u32 i = lane * 16; i < size; i += lanes * 16) copy_async((u8*)shared + i, (const u8*)global + i);
 }
 DEVICE void fence_barriers() {}
-#ifndef EMULATED
 template <int X, int Y> DEVICE void copy_bulk_to_both(void*, const void*, u32, u64*) {}
 template <int X, int Y> DEVICE void arrive_in_cluster() {}
 template <int X, int Y> DEVICE void wait_in_cluster() {}
 DEVICE void copy_bulk_to_next(void*, u32, u64*) {}
-constexpr bool HAS_CLUSTERS = false;
-#endif
 #define CLUSTER(x, y)
-DEVICE bool is_bulk_there(u64*, u32) { return true; }
+constexpr bool HAS_CLUSTERS = false;
 #endif
 
 // Between two looks at what another block writes. Where it never does, the launch ends with an error after
@@ -328,22 +327,15 @@ DEVICE void wait_for(const int* counter, int number) {
     __syncwarp();
 }
 
-#ifndef EMULATED
+// Until the phase with this parity is over; by whole warps, whose lanes may see it at different times.
 DEVICE void wait_phase(u64* barrier, u32 parity) {
     u32 looks = 0;
-    while (!is_phase_over(barrier, parity)) look_again(looks);
+    while (!is_phase_over(barrier, parity)) {
+        if (ARCH < 900) __nanosleep(100);  // a newer GPU's look waits by itself
+        look_again(looks);
+    }
+    __syncwarp();
 }
-#endif
-// Until the bulk copies of the phase with this parity are there.
-DEVICE void wait_bulk(u64* barrier, u32 parity) {
-    u32 looks = 0;
-    while (!is_bulk_there(barrier, parity)) look_again(looks);
-}
-
-#ifndef EMULATED
-// The same, of which the cluster's other block copies so many bytes.
-DEVICE void wait_bulk_of_other(u64* barrier, u32) { wait_bulk(barrier, 0); }
-#endif
 
 DEVICE float sum_of_lanes(float v) {
 #pragma unroll

@@ -285,7 +285,7 @@ template <class Chosen> DEVICE Choice choose_experts(const u32* words, float r, 
 
 // This thread's row of attn_output, when the copies have come.
 DEVICE float multiply_output(u32 parity) {
-    wait_bulk(barriers + OUTPUT_COPY, parity);
+    wait_phase(barriers + OUTPUT_COPY, parity);
     wait_copies<0>();
     __syncthreads();
     multiply_rows<FORMAT_0, Out>(sums, shared + AT_OUTPUT, input<MIXED_SEGMENTS>());
@@ -334,7 +334,7 @@ struct Pairs {  // this block's share: some rows of one of the chosen experts
     template <class Later> METHOD void multiply(u32 parity, Later later) const {
 #pragma unroll 1
         for (int c = 0; c < PAIR_CHUNKS; c++) {
-            wait_bulk(barriers + PAIR_COPIES + c, parity);
+            wait_phase(barriers + PAIR_COPIES + c, parity);
             if (c == 0)
                 wait_copies<PAIR_CHUNKS - 1>();
             else if (c < PAIR_CHUNKS - 1)
@@ -436,7 +436,7 @@ struct Projection {  // this block's rows of one of the three
         norm.put_squares(segment_sums);
         norm.multiply();
         norm.put_codes(input<SEGMENTS>());
-        wait_bulk(barriers + QKV_COPY, layer & 1);
+        wait_phase(barriers + QKV_COPY, layer & 1);
         wait_copies<3>();
         __syncthreads();
         norm.put_scales(input<SEGMENTS>(), inverse_rms<K>(segment_sums, EPS));
@@ -653,7 +653,7 @@ decode_row(const float* x, const int* active, const int* positions, const int* t
         task.start(s, keys + layer_start(layer), values + layer_start(layer));
     };
 
-    if (threadIdx.x < ALL_COPIES) init_bulk(barriers + threadIdx.x);
+    if (threadIdx.x < ALL_COPIES) init_phases(barriers + threadIdx.x, 1);
     fence_bulk();
     __syncthreads();
     Projection().start(0, qkv);
@@ -698,8 +698,8 @@ decode_row(const float* x, const int* active, const int* positions, const int* t
         commit_copies();
         if (!is_last) norm.load(norm.w, norms + (size_t)(layer + 1) * K);
         take_row<HIDDEN_SEGMENTS>(words + HIDDEN);
-        wait_bulk(barriers + EARLY_COPY, layer & 1);
-        wait_bulk(barriers + LATE_COPY, layer & 1);
+        wait_phase(barriers + EARLY_COPY, layer & 1);
+        wait_phase(barriers + LATE_COPY, layer & 1);
         wait_copies<1>();  // all but q, k and v
         __syncthreads();
         before = before + experts.multiply(choice);

@@ -528,13 +528,15 @@ template <class Product> struct Pipeline {
     static constexpr int RING = 16, AHEAD = larger(Product::STAGES, 2 * FINISHING);  // past the last step someone may look so far
     static_assert(RING % (Product::TOGETHER * FINISHING) == 0 && Product::STAGES + Product::SUMS + AHEAD <= RING, "no phase is missed");
     static_assert((MULTIPLYING + Product::UNITS - 1) / Product::UNITS <= Product::STAGES, "a warp's units lie so near");
+    // At `full` arrive the lanes that fetch inputs, who tells the step, and the lanes that copy weights where no bulk copy does.
+    static constexpr int FULL = 32 + 1 + (BULK_COPIERS > 1 ? BULK_COPIERS : 0);
     int4 told[RING];  // of a step: its number, -1 past the last; the tile's count; where its inputs lie
     u64 empty[Product::STAGES], planned[RING], full[RING], sums_full[RING], sums_free[RING];
 
     METHOD void init() {  // by the first lane of each warp some: ptxas does those of a warp one by one
         for (int i = threadIdx.x / 32; i < RING && threadIdx.x % 32 == 0; i += WARPS) {
             if (i < Product::STAGES) init_phases(empty + i, Product::UNITS);
-            init_phases(planned + i, 1), init_phases(full + i, 32 + BULK_COPIERS);
+            init_phases(planned + i, 1), init_phases(full + i, FULL);
             init_phases(sums_full + i, Product::UNITS), init_phases(sums_free + i, 1);
         }
         fence_bulk();
@@ -576,7 +578,7 @@ template <class Product> DEVICE void multiply_steps(Pipeline<Product>& pipeline)
         u32 n = all / Product::UNITS, unit = all % Product::UNITS;
         pipeline.wait(pipeline.full, n);
         if (pipeline.told[n % pipeline.RING].x < 0) break;
-        if (n >= Product::SUMS) pipeline.wait(pipeline.sums_free, n - Product::SUMS);
+        pipeline.wait(pipeline.sums_free, n - Product::SUMS);  // of the first steps: the phase before a barrier's first is over
         int4 told = pipeline.told[n % pipeline.RING];
         int count = told.y;
         const u8 *from = pipeline.stage(n), *inputs = pipeline.inputs(told.z);
@@ -589,8 +591,8 @@ template <class Product> DEVICE void multiply_steps(Pipeline<Product>& pipeline)
             multiply_lanes<1>(to, from, inputs, unit);
         else
             multiply_lanes<2>(to, from, inputs, unit);
-        arrive_as_warp(pipeline.empty + n % Product::STAGES);
-        arrive_as_warp(pipeline.sums_full + n % pipeline.RING);
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) arrive(pipeline.empty + n % Product::STAGES), arrive(pipeline.sums_full + n % pipeline.RING);
     }
 }
 
@@ -695,8 +697,7 @@ template <class Product> struct Weights {
         for (int i = n; i < n + pipeline.AHEAD; i++) {
             if (lane == 0) pipeline.told[i % pipeline.RING] = make_int4(-1, 0, 0, 0);
             plan(i);
-            arrive(pipeline.full + i % pipeline.RING);
-            if (lane < BULK_COPIERS) arrive(pipeline.full + i % pipeline.RING);
+            for (int arrival = lane; arrival < pipeline.FULL; arrival += 32) arrive(pipeline.full + i % pipeline.RING);
             for (int unit = lane; unit < Product::UNITS; unit += 32) arrive(pipeline.sums_full + i % pipeline.RING);
         }
     }

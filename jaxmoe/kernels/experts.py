@@ -139,7 +139,7 @@ def _steps_of(row_tiles: int, num_rows: int, weights: Sequence[QuantTensor], con
     """The stages that fit, and the shared memory of them, or of the fewest there may be."""
     gate, up, down = weights
     # the launch number is handed over as so many bytes more
-    limit = ptx.shared_limit() - matmul._STATIC_SIZE - gate.shape[0] * down.shape[0]
+    limit = ptx.shared_limit() - matmul.STATIC_SIZE - gate.shape[0] * down.shape[0]
     before = _fixed_size(num_rows, _kept_partials(row_tiles, weights), config)
 
     def fitting(w: QuantTensor, step: int, inputs: int) -> tuple[int, int, int]:
@@ -205,7 +205,7 @@ _Q4, _Q6 = GGMLType.Q4_K, GGMLType.Q6_K
 
 def _absent(config: ModelConfig, down: GGMLType) -> list[QuantTensor]:
     """Weights without their numbers; none where the kernels cannot read one of them."""
-    wide, narrow = matmul._expert_shapes(config)
+    wide, narrow = matmul.expert_shapes(config)
     return packed.absent_weights((_Q4, _Q4, down), (wide, wide, narrow))
 
 
@@ -227,8 +227,8 @@ def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
             continue
         fields = packed.random_weights(rng, weights)
         for num_rows in _COMPARED_ROWS:
-            (x,) = matmul._random_rows(rng, (num_rows, config.d_model))
-            ids, count = matmul._random_ids(rng, num_rows, config), jnp.asarray([num_rows], jnp.int32)
+            (x,) = matmul.random_rows(rng, (num_rows, config.d_model))
+            ids, count = matmul.random_ids(rng, num_rows, config), jnp.asarray([num_rows], jnp.int32)
             title = f"experts, {num_rows} rows, {kind.name}"
             yield _comparison(title, config, weights, (fields, x, ids, count))
 
@@ -236,7 +236,7 @@ def comparisons(config: ModelConfig, seed: int) -> Iterator[Comparison]:
 def _comparison(
     title: str, config: ModelConfig, absent: Sequence[QuantTensor], arrays: tuple[Any, ...]
 ) -> Comparison:
-    places: Any = {"index": matmul._AT, "down_index": matmul._AT}
+    places: Any = {"index": matmul.COMPARED_AT, "down_index": matmul.COMPARED_AT}
 
     def kernel(fields: packed.Fields, x: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         weights, progress = packed.with_fields(absent, fields), _progress(x.shape[0], config)
@@ -247,7 +247,7 @@ def _comparison(
         weights = packed.with_fields(absent, fields)
         h, _ = twin(rounded_values(round_rows(x)), ids, weights, **places)
         hidden = round_rows(h)
-        y = matmul.down_twin(rounded_values(hidden), weights[2], ids, index=matmul._AT)
+        y = matmul.down_twin(rounded_values(hidden), weights[2], ids, index=matmul.COMPARED_AT)
         return (*readable(hidden), y)
 
     def float_twin(fields: packed.Fields, x: Array, ids: Array, count: Array) -> tuple[Array, ...]:

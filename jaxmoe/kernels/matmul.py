@@ -47,11 +47,11 @@ _DENSE_WARPS = 24  # the most of a dense product of few rows
 _WIDE_WARPS = 8  # enough of them where each has many tiles
 _STREAM_WARPS = 16  # of one of very many outputs; half of them for 64 rows, which need the registers
 _ROW_STATIC_SIZE = 24 << 10  # of a one-row product: the inputs and the sums
-_STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
+STATIC_SIZE = 4096  # more than what kernels declare beside the dynamic shared memory, and the launch number
 
 _DENSE_VARIANTS = (1, 8, 16, 32, 64, 2048)
 _COMPARED_ROWS = (1, 8, 64, 300)
-_STACK, _AT = 2, 1  # of the random weights: how many layers, and which is multiplied
+_STACK, COMPARED_AT = 2, 1  # of the random weights: how many layers, and which is multiplied
 
 
 Defines = dict[str, int | float | str]
@@ -75,7 +75,7 @@ class Launch(NamedTuple):
         aliases: Mapping[int, int] | None = None,
     ) -> tuple[Array, ...]:
         """Run it, with the launch number. Raises KernelError where the GPU has too little shared memory."""
-        size = self.shared_size + number + (_ROW_STATIC_SIZE if self.file == _ROW else _STATIC_SIZE)
+        size = self.shared_size + number + (_ROW_STATIC_SIZE if self.file == _ROW else STATIC_SIZE)
         if size > ptx.shared_limit():
             raise ptx.KernelError(
                 f"{self.name} takes {size} bytes of shared memory with these weights, "
@@ -232,7 +232,7 @@ def _stream_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defin
         return None
     warps, scales = _STREAM_WARPS // 2 if tiles == 8 else _STREAM_WARPS, 1024
     inputs = _segments(weights) * 8 * tiles * (SEGMENT + (32 if w.d_m is None else 64))
-    room = (ptx.shared_limit() - _STATIC_SIZE - inputs) // warps - scales
+    room = (ptx.shared_limit() - STATIC_SIZE - inputs) // warps - scales
     for step, least in ((128, 4), (64, 2)):
         size = 16 * step * w.bits // 8
         kept = min(room // size, 2048 // step, SEGMENT // step * _segments(weights) + 1)
@@ -245,7 +245,7 @@ def _stream_launch(num_rows: int, weights: Sequence[QuantTensor]) -> tuple[Defin
 
 def _few_room() -> int:
     """Shared memory of a block of few rows: what the GPU has, less the launch number's."""
-    return ptx.shared_limit() - _STATIC_SIZE - 1024
+    return ptx.shared_limit() - STATIC_SIZE - 1024
 
 
 def _segments(weights: Sequence[QuantTensor]) -> int:
@@ -497,7 +497,7 @@ def _dense_launches(config: ModelConfig) -> Iterator[Launch]:
 
 
 def _grouped_launches(config: ModelConfig) -> Iterator[Launch]:
-    active, (wide, narrow) = config.experts_per_token, _expert_shapes(config)
+    active, (wide, narrow) = config.experts_per_token, expert_shapes(config)
     for num_rows in (1, 2048) if _has_many() else (1,):
         num_tiles = router.max_tiles(num_rows, config, tile_length(num_rows))
         inputs = _absent_inputs(num_rows, config)
@@ -524,7 +524,7 @@ def _head_shape(config: ModelConfig) -> tuple[int, ...]:
     return 1, *config.weight_shape("VD")
 
 
-def _expert_shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def expert_shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Gate's or up's, and down's."""
     return (_STACK, *config.weight_shape("EFD")), (_STACK, *config.weight_shape("EDF"))
 
@@ -597,7 +597,7 @@ def _dense_comparisons(
     fields = random_weights(rng, absent)
     for num_rows in counts:
         eps = config.norm_eps if name != "attn_output" and num_rows == 1 else None
-        x, out = _random_rows(rng, (num_rows, absent[0].shape[-1]), (num_rows, config.d_model))
+        x, out = random_rows(rng, (num_rows, absent[0].shape[-1]), (num_rows, config.d_model))
         residual = out if name == "attn_output" else None
         arrays = (fields, x, _random_norm(rng, config), residual, _count(num_rows))
         yield _dense_comparison(name, _title(name, num_rows, kinds), absent, arrays, eps)
@@ -606,7 +606,7 @@ def _dense_comparisons(
 def _dense_comparison(
     name: str, title: str, absent: Sequence[QuantTensor], arrays: tuple[Any, ...], eps: float | None
 ) -> Comparison:
-    at = min(_AT, absent[0].shape[0] - 1)
+    at = min(COMPARED_AT, absent[0].shape[0] - 1)
 
     def kernel(fields: Fields, x: Array, norm: Array, residual: Array | None, count: Array) -> Array:
         weights = with_fields(absent, fields)
@@ -630,14 +630,14 @@ def _grouped_rows() -> tuple[int, ...]:
 
 
 def _gate_up_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
-    wide, _ = _expert_shapes(config)
+    wide, _ = expert_shapes(config)
     for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
         absent = absent_weights([kind] * 2, [wide] * 2)
         if not absent:
             continue
         fields = random_weights(rng, absent)
         for num_rows in _grouped_rows():
-            (x,), ids = _random_rows(rng, (num_rows, config.d_model)), _random_ids(rng, num_rows, config)
+            (x,), ids = random_rows(rng, (num_rows, config.d_model)), random_ids(rng, num_rows, config)
             arrays = (fields, x, _random_norm(rng, config), ids, _count(num_rows))
             yield _gate_up_comparison(_title("gate_up", num_rows, [kind] * 2), config, absent, arrays)
 
@@ -651,13 +651,13 @@ def _gate_up_comparison(
     def kernel(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         (gate, up), inputs = with_fields(absent, fields), _entering(x, norm, eps)
         if isinstance(inputs, Row):
-            return (gate_up_of_row(inputs, gate, up, ids, index=_AT),)
+            return (gate_up_of_row(inputs, gate, up, ids, index=COMPARED_AT),)
         groups = _groups(ids, count, config)
-        return readable(gate_up(inputs, gate, up, groups, experts_per_token=active, index=_AT))
+        return readable(gate_up(inputs, gate, up, groups, experts_per_token=active, index=COMPARED_AT))
 
     def plain(fields: Fields, x: Array, ids: Array) -> Array:
         gate, up = with_fields(absent, fields)
-        return gate_up_twin(x, gate, up, ids, index=_AT)
+        return gate_up_twin(x, gate, up, ids, index=COMPARED_AT)
 
     def twin(fields: Fields, x: Array, norm: Array, ids: Array, count: Array) -> tuple[Array, ...]:
         h = plain(fields, _rounded_twin(x, norm, eps), ids)
@@ -671,17 +671,17 @@ def _gate_up_comparison(
 
 
 def _down_comparisons(config: ModelConfig, rng: np.random.Generator) -> Iterator[Comparison]:
-    active, (_, narrow) = config.experts_per_token, _expert_shapes(config)
+    active, (_, narrow) = config.experts_per_token, expert_shapes(config)
     for kind in (GGMLType.Q4_K, GGMLType.Q6_K):
         absent = absent_weights([kind], [narrow])
         if not absent:
             continue
         fields = random_weights(rng, absent)
         for num_rows in _grouped_rows():
-            hidden, shares, residual = _random_rows(
+            hidden, shares, residual = random_rows(
                 rng, (num_rows * active, config.expert_width), (num_rows, active), (1, config.d_model)
             )
-            ids = _random_ids(rng, num_rows, config)
+            ids = random_ids(rng, num_rows, config)
             arrays = (fields, hidden, ids, jax.nn.softmax(shares), residual, _count(num_rows))
             yield _down_comparison(_title("down", num_rows, [kind]), config, absent, arrays)
 
@@ -696,12 +696,12 @@ def _down_comparison(
     ) -> Array:
         (w,) = with_fields(absent, fields)
         if num_rows == 1:
-            return down_of_row(hidden, w, ids, shares, residual, index=_AT)
-        return down(round_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=_AT)
+            return down_of_row(hidden, w, ids, shares, residual, index=COMPARED_AT)
+        return down(round_rows(hidden), w, _groups(ids, count, config), num_rows=num_rows, index=COMPARED_AT)
 
     def plain(fields: Fields, hidden: Array, ids: Array, shares: Array, residual: Array) -> Array:
         (w,) = with_fields(absent, fields)
-        y = down_twin(hidden, w, ids, index=_AT)
+        y = down_twin(hidden, w, ids, index=COMPARED_AT)
         return residual + jnp.sum(shares.reshape(-1, 1) * y, axis=0)[None] if num_rows == 1 else y
 
     def twin(fields: Fields, hidden: Array, *rest: Array) -> Array:
@@ -715,17 +715,17 @@ def _down_comparison(
 
 def _entering(x: Array, norm: Array, eps: float | None) -> Rounded | Row:
     """What a product takes of rows x: the row itself where it norms on its own, and `eps` is given."""
-    return round_rows(x) if eps is None else Row(x, norm, _AT, float(eps))
+    return round_rows(x) if eps is None else Row(x, norm, COMPARED_AT, float(eps))
 
 
 def _rounded_twin(x: Array, norm: Array, eps: float | None) -> Array:
     if eps is None:
         return rounded_values(round_rows(x))
-    return rounded_values(Rounded(*norm_quantise_twin(x, norm, _count(1), eps=eps, layer=_AT)))
+    return rounded_values(Rounded(*norm_quantise_twin(x, norm, _count(1), eps=eps, layer=COMPARED_AT)))
 
 
 def _float_twin(x: Array, norm: Array, eps: float | None) -> Array:
-    return x if eps is None else rms_norm(x, norm[_AT], eps)
+    return x if eps is None else rms_norm(x, norm[COMPARED_AT], eps)
 
 
 def _groups(ids: Array, count: Array, config: ModelConfig) -> Groups:
@@ -742,7 +742,7 @@ def _count(num_rows: int) -> Array:
     return jnp.asarray([num_rows], jnp.int32)
 
 
-def _random_rows(rng: np.random.Generator, *shapes: tuple[int, ...]) -> list[Array]:
+def random_rows(rng: np.random.Generator, *shapes: tuple[int, ...]) -> list[Array]:
     return [jnp.asarray(rng.uniform(-2, 2, shape).astype(np.float32)) for shape in shapes]
 
 
@@ -750,6 +750,6 @@ def _random_norm(rng: np.random.Generator, config: ModelConfig) -> Array:
     return jnp.asarray(rng.uniform(0.5, 1.5, (_STACK, config.d_model)).astype(np.float32))
 
 
-def _random_ids(rng: np.random.Generator, num_rows: int, config: ModelConfig) -> Array:
+def random_ids(rng: np.random.Generator, num_rows: int, config: ModelConfig) -> Array:
     order = rng.random((num_rows, config.num_experts)).argsort(axis=1)
     return jnp.asarray(order[:, : config.experts_per_token], jnp.int32)

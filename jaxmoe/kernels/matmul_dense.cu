@@ -126,7 +126,7 @@ template <class F> constexpr int HEIGHT_OF = 16 * TILES_OF<F> * ROW_GROUPS;
 
 static_assert(K_PARTS * PEERS <= 2, "a cluster is one block or two");
 constexpr bool IN_CLUSTERS = K_PARTS * PEERS > 1;
-constexpr u32 SHARES = HAS_CLUSTERS ? PEERS : 1;
+static_assert(HAS_CLUSTERS || !IN_CLUSTERS, "this architecture has no clusters");
 DEVICE int part() { return K_PARTS > 1 ? blockIdx.x % K_PARTS : 0; }
 
 // Weights of one format, whose rows follow each other. Sixteen rows lie in one of them.
@@ -185,7 +185,7 @@ __shared__ u64 arrived, handed_over;
 // Start all copies of the block; a warp's lanes take one each, where the GPU copies in bulk.
 template <class F, int NUM> DEVICE void copy_all(const Stack<NUM>& stack, int row, const i8* codes, const float* scales, int column0) {
     using Place = Layout<F>;
-    constexpr u32 MINE = COLUMNS / SHARES, AT_ONCE = 32 / BULK_COPIERS;  // MINE: columns
+    constexpr u32 MINE = COLUMNS / PEERS, AT_ONCE = 32 / BULK_COPIERS;  // MINE: columns
 #pragma unroll 1
     for (u32 i = threadIdx.x / 32 + threadIdx.x % 32 / BULK_COPIERS * WARPS; i < Place::HEIGHT + 2 * MINE; i += AT_ONCE * WARPS) {
         const u8* from;
@@ -194,14 +194,14 @@ template <class F, int NUM> DEVICE void copy_all(const Stack<NUM>& stack, int ro
             from = stack.template codes<SEGMENTS * F::BYTES>(row + i) + part() * Place::IN_ROW;
             to = Place::AT_CODES + i * Place::STRIDE, size = Place::IN_ROW;
         } else {
-            u32 column = (i - Place::HEIGHT) % MINE * SHARES + (SHARES > 1 ? blockIdx.y % SHARES : 0);
+            u32 column = (i - Place::HEIGHT) % MINE * PEERS + (PEERS > 1 ? blockIdx.y % PEERS : 0);
             size_t input = min(column0 + (int)column, NUM_ROWS - 1);
             if (i < Place::HEIGHT + MINE)
                 from = (const u8*)codes + input * K + part() * PART_K, to = AT_INPUTS + column * INPUTS_STRIDE, size = PART_K;
             else
                 from = (const u8*)scales + input * (K / 4) + part() * (PART_K / 4), to = column * SCALES_STRIDE, size = PART_K / 4;
         }
-        if (SHARES > 1 && i >= Place::HEIGHT)
+        if (PEERS > 1 && i >= Place::HEIGHT)
             copy_bulk_to_both<K_PARTS, PEERS>(shared + to, from, size, &arrived);
         else
             copy_bulk(shared + to, from, size, &arrived, threadIdx.x % BULK_COPIERS, BULK_COPIERS);
@@ -369,7 +369,7 @@ template <class F, int NUM> DEVICE void multiply(const Stack<NUM>& stack, int ro
     constexpr int TALL = TILES_OF<F>;
     int number = threadIdx.x == 0 ? count[0] : 0;
     if (threadIdx.x == 0) {
-        init_bulk(&arrived), init_bulk(&handed_over);
+        init_phases(&arrived, 1), init_phases(&handed_over, 1);
         fence_barriers();
         expect_bulk(&arrived, Layout<F>::HEIGHT * Layout<F>::IN_ROW + INPUTS_SIZE);
         if (part() > 0) expect_bulk(&handed_over, FOURS<TALL> * COLUMNS * 16);
@@ -388,7 +388,7 @@ template <class F, int NUM> DEVICE void multiply(const Stack<NUM>& stack, int ro
     factors.put();
     wait_copies<0>();
     __syncthreads();
-    wait_bulk_of_other(&arrived, INPUTS_SIZE - INPUTS_SIZE / SHARES);
+    wait_phase(&arrived, 0);
     Sums<TALL> sums[TURNS] = {};
     multiply_units<F>(sums);
     __syncthreads();
@@ -413,7 +413,7 @@ template <int TALL> DEVICE void hand_over(float4* sums) {
             if ((threadIdx.x & 31) == 0) copy_bulk_to_next(mine, 512, &handed_over);
         }
     } else {
-        wait_bulk_of_other(&handed_over, FOURS<TALL> * COLUMNS * 16);
+        wait_phase(&handed_over, 0);
     }
 }
 
@@ -448,10 +448,7 @@ DEVICE void dense(const Stack<NUM>& stack, int rows, int block, int first_out, c
 #endif
             *(float4*)(block_out + column * ALL_ROWS + r) = sum;
         }
-    if (K_PARTS > 1) {  // what the first part copies lies in its shared memory until it is there
-        __syncwarp();
-        wait_in_cluster<K_PARTS, PEERS>();
-    }
+    if (K_PARTS > 1) wait_in_cluster<K_PARTS, PEERS>();  // what the first part copies lies in its shared memory until it is there
 }
 
 template <class F, int ROWS> constexpr int NUM_BLOCKS = (ROWS + HEIGHT_OF<F> - 1) / HEIGHT_OF<F>;

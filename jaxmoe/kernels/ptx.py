@@ -35,12 +35,14 @@ _OPTIONS: Final = ("--std=c++17", "-default-device", "--fmad=false")
 # NVIDIA, "PTX ISA", release notes.
 _PTX_VERSIONS: Final = {80: "7.1", 89: "7.8", 90: "8.0", 100: "8.6", 120: "8.7"}
 _OLDEST: Final = min(_PTX_VERSIONS)
-# Shared memory of a block by compute capability, in bytes. Source: NVIDIA, "CUDA C++ Programming Guide".
+_LARGE_SHARED: Final = 227 << 10
+SMALL_SHARED: Final = 99 << 10
+# Shared memory of a block by compute capability, in bytes; others have the small one. Source: NVIDIA, "CUDA
+# C++ Programming Guide".
 _SHARED_SIZES: Final = {
     **dict.fromkeys(("8.0", "8.7"), 163 << 10),
-    **dict.fromkeys(("9.0", "10.0", "10.3"), 227 << 10),
+    **dict.fromkeys(("9.0", "10.0", "10.3"), _LARGE_SHARED),
 }
-SMALL_SHARED: Final = 99 << 10
 _LINES_OF_LOG: Final = 12
 _INSTALL: Final = "install jaxmoe[cuda12] or jaxmoe[cuda13]"
 _TRIAL_NUMBER: Final = 7
@@ -115,12 +117,17 @@ def shared_limit() -> int:
     return _SHARED_SIZES.get(capability, SMALL_SHARED)
 
 
+def has_large_shared() -> bool:
+    """Whether a block may have as much shared memory as any GPU gives."""
+    return shared_limit() >= _LARGE_SHARED
+
+
 def has_clusters() -> bool:
     """Whether blocks can be clusters: from sm_90 on, but for GPUs of little shared memory.
 
     What is compiled for decides too: NVRTC may be older than the GPU.
     """
-    if shared_limit() < _SHARED_SIZES["9.0"]:
+    if not has_large_shared():
         return False
     return jax.default_backend() != "gpu" or int(_device_arch().removeprefix("sm_")) >= 90
 

@@ -25,7 +25,21 @@ constexpr bool IS_PAIRED = true;
 #endif
 constexpr int PARTS = IS_PAIRED ? PAIRS : SEGMENTS;  // sums that blocks leave of each logit
 constexpr int PER_LANE = (E + 31) / 32;
-constexpr int STRIDE = (PARTS * E + SEGMENTS + 3) / 4 * 4;  // a token's parts, then its sums of squares
+
+// The words of a lane's neighbouring experts, as other blocks left them; past the last expert, its.
+DEVICE void read_neighbours(u32 (&found)[PER_LANE], const u32* words) {
+    int first = threadIdx.x % 32 * PER_LANE;
+    if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k += 4) {
+            uint4 four = read_words(words + first + k);
+            found[k] = four.x, found[k + 1] = four.y, found[k + 2] = four.z, found[k + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < PER_LANE; k++) found[k] = read_word(words + min(first + k, E - 1));
+    }
+}
 
 // By one warp: the A highest of the logits of tokens first .. first + N - 1 below `end`, ties to the lower id, and
 // their softmax. The tokens go side by side, so that they wait together.
@@ -66,20 +80,7 @@ DEVICE void choose(const float (&values)[N][PARTS][PER_LANE], const float (&inve
 }
 
 #ifndef ROUTE_FEW
-// A lane's neighbouring experts: one part of their sums.
-DEVICE void load_neighbours(float (&v)[PER_LANE], const float* sums) {
-    int first = threadIdx.x % 32 * PER_LANE;
-    if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k += 4) {
-            float4 four = __ldcg((const float4*)(sums + first + k));
-            v[k] = four.x, v[k + 1] = four.y, v[k + 2] = four.z, v[k + 3] = four.w;
-        }
-    } else {
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k++) v[k] = __ldcg(sums + min(first + k, E - 1));
-    }
-}
+constexpr int STRIDE = (PARTS * E + SEGMENTS + 3) / 4 * 4;  // a token's parts, then its sums of squares
 
 // The same of tokens whose sums lie in memory.
 template <int N>
@@ -88,8 +89,12 @@ DEVICE void choose_of(const float* sums, const float (&squares)[N][SEGMENTS], in
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int s = 0; s < PARTS; s++)
-            load_neighbours(values[n][s], sums + (size_t)min(first + n, end - 1) * STRIDE + s * E);
+        for (int s = 0; s < PARTS; s++) {
+            u32 found[PER_LANE];
+            read_neighbours(found, (const u32*)sums + (size_t)min(first + n, end - 1) * STRIDE + s * E);
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) values[n][s][k] = __uint_as_float(found[k]);
+        }
 #pragma unroll
     for (int n = 0; n < N; n++) inverse[n] = inverse_rms<D>(squares[n], EPS);
     choose<N>(values, inverse, first, end, ids, weights);
@@ -275,37 +280,23 @@ DEVICE void sum_chains(float4* rows) {
     __syncthreads();
 }
 
-// The words of a segment of a lane's neighbouring experts; whether they are all there.
-DEVICE bool read_neighbours(float (&v)[PER_LANE], const u32* words, int first) {
-    u32 found[PER_LANE];
-    if constexpr (PER_LANE % 4 == 0 && E == 32 * PER_LANE) {
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k += 4) {
-            uint4 four = read_words(words + first + k);
-            found[k] = four.x, found[k + 1] = four.y, found[k + 2] = four.z, found[k + 3] = four.w;
-        }
-    } else {
-#pragma unroll
-        for (int k = 0; k < PER_LANE; k++) found[k] = first + k < E ? read_word(words + first + k) : 1u;
-    }
-    bool is_there = true;
-#pragma unroll
-    for (int k = 0; k < PER_LANE; k++) is_there &= found[k] > 0, v[k] = number_of(found[k]);
-    return is_there;
-}
-
 // What a lane's neighbouring experts have of all segments, as soon as other blocks have written it; zeros take its place.
 DEVICE void take_sums(float (&values)[1][SEGMENTS][PER_LANE], u32* words) {
-    int first = threadIdx.x % 32 * PER_LANE;
     u32 looks = 0;
     bool is_there = false;
     while (!is_there) {
         is_there = true;
 #pragma unroll
-        for (int s = 0; s < SEGMENTS; s++) is_there &= read_neighbours(values[0][s], words + s * E, first);
+        for (int s = 0; s < SEGMENTS; s++) {
+            u32 found[PER_LANE];
+            read_neighbours(found, words + s * E);
+#pragma unroll
+            for (int k = 0; k < PER_LANE; k++) is_there &= found[k] > 0, values[0][s][k] = number_of(found[k]);
+        }
         if (!is_there) look_again(looks);
     }
     __syncwarp();
+    int first = threadIdx.x % 32 * PER_LANE;
 #pragma unroll
     for (int s = 0; s < SEGMENTS; s++)
 #pragma unroll
