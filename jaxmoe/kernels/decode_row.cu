@@ -308,6 +308,7 @@ DEVICE void put_logits(RowNorm& norm, const Logits& logits, u32* words) {
 // --- Gate and up.
 
 struct Pairs {  // this block's share: some rows of one of the chosen experts
+    static constexpr int UNITS = PAIR_ROWS / UNIT;
     int j, first;
     Weight gate, up;
 
@@ -315,20 +316,32 @@ struct Pairs {  // this block's share: some rows of one of the chosen experts
         : j(min((int)blockIdx.x / EXPERT_BLOCKS, ACTIVE - 1)), first((int)blockIdx.x % EXPERT_BLOCKS * PAIR_CHUNKS * PAIR_ROWS),
           gate(gate_), up(up_) {}
     METHOD int row(int chunk) const { return min(first + chunk * PAIR_ROWS, INNER - PAIR_ROWS); }
-    METHOD void start(size_t matrix) const {
-        ScalesCopy<FORMAT_1, Gate> gate_scales(gate, threadIdx.x);
-        ScalesCopy<FORMAT_2, Up> up_scales(up, threadIdx.x);
+    METHOD void start(u32 matrix) const {
 #pragma unroll 1
         for (int c = 0; c < PAIR_CHUNKS; c++) {
             u8* to = shared + c * CHUNK_SIZE;
-            size_t from = matrix * INNER + row(c);
-            if (threadIdx.x == 0) expect_bulk(barriers + PAIR_COPIES + c, PAIR_ROWS * (ROW_BYTES<FORMAT_1, Gate> + ROW_BYTES<FORMAT_2, Up>));
-            copy_codes<FORMAT_1, Gate>(to, gate, from, barriers + PAIR_COPIES + c);
-            copy_codes<FORMAT_2, Up>(to + Gate::SIZE, up, from, barriers + PAIR_COPIES + c);
-            gate_scales.start(to, from);
-            up_scales.start(to + Gate::SIZE, from);
+            u32 from = matrix * INNER + row(c);
+            u64* barrier = barriers + PAIR_COPIES + c;
+            // codes of gate, of up, scales of gate, of up
+#pragma unroll 1
+            for (int task = threadIdx.x >> 5; task < 4 * UNITS; task += WARPS) {
+                int unit = task % (2 * UNITS), at = unit % UNITS * UNIT;
+                if (task == 0 && is_bulk_copier()) expect_bulk(barrier, PAIR_ROWS * (ROW_BYTES<FORMAT_1, Gate> + ROW_BYTES<FORMAT_2, Up>));
+                bool is_codes = task < 2 * UNITS, is_up = unit >= UNITS;
+                if (IS_SAME<FORMAT_1, FORMAT_2> || !is_up)
+                    start_unit<FORMAT_1, Gate>(is_codes, to + (is_up ? Gate::SIZE : 0), choose(is_up, up, gate), from + at, at, barrier);
+                else
+                    start_unit<FORMAT_2, Up>(is_codes, to + Gate::SIZE, up, from + at, at, barrier);
+            }
             commit_copies();
         }
+    }
+    template <class F, class Rows>
+    METHOD static void start_unit(bool is_codes, u8* to, const Weight& w, u32 row, int at, u64* barrier) {
+        if (is_codes)
+            start_codes<F, Rows, UNIT>(to, w, row, at, barrier);
+        else
+            start_scales<F, Rows, UNIT>(to, w, row, at);
     }
     // `later` starts one group of copies more, when the first chunk is there: these are needed before.
     template <class Later> METHOD void multiply(u32 parity, Later later) const {
@@ -370,22 +383,17 @@ struct Experts {  // whose down is added up
     template <class Work> METHOD void with(Work work) const { with_format<0, 0, FORMAT_3, FORMAT_7>(!place.is_first, work); }
     // The copies of experts begin .. end - 1 of the chosen ones.
     METHOD void start(const Choice& choice, int begin, int end, u64* barrier) const {
-        auto first = [&](int j) { return ((size_t)place.at * MATRICES + __shfl_sync(ALL_LANES, choice.id, j)) * K + row; };
+        auto first = [&](int j) { return (u32)(place.at * MATRICES + __shfl_sync(ALL_LANES, choice.id, j)) * K + row; };
         with([&](auto tag) {
             using F = typename decltype(tag)::F;
-            constexpr int SIZE = ROW_BYTES<F, Down<F>>, TOGETHER = ROWS_A_COPY<F, Down<F>>, COPIES = ROWS / TOGETHER;
-            static_assert(TOGETHER == 8 && ROWS % 8 == 0 && PAIR_ROWS % 8 == 0, "rows are swapped in groups of 8");
-            int count = (end - begin) * COPIES;
-            if (threadIdx.x == 0) expect_bulk(barrier, (end - begin) * ROWS * SIZE);
+            static_assert(ROWS % UNIT == 0 && PAIR_ROWS % UNIT == 0, "rows are swapped in groups of 8");
+            int warp = threadIdx.x >> 5;
+            if (warp == 0 && is_bulk_copier()) expect_bulk(barrier, (end - begin) * ROWS * ROW_BYTES<F, Down<F>>);
 #pragma unroll 1
-            for (int i = 0; i < count; i += THREADS) {
-                int n = i + spread_copy(), j = min(begin + n / COPIES, ACTIVE - 1), r = n % COPIES * TOGETHER;
-                const u8* from = down.codes + (first(j) + r) * SIZE;
-                if (n < count) copy_bulk(place_of_down(j) + r * Down<F>::ROW_STRIDE, from, TOGETHER * SIZE, barrier);
+            for (int j = begin + warp; j < end; j += WARPS) {
+                start_codes<F, Down<F>, ROWS>(place_of_down(j), down, first(j), 0, barrier);
+                start_scales<F, Down<F>, ROWS>(place_of_down(j), down, first(j), 0);
             }
-            ScalesCopy<F, Down<F>> scales(down, threadIdx.x);
-#pragma unroll 1
-            for (int j = begin; j < end; j++) scales.start(place_of_down(j), first(j));
         });
         commit_copies();
     }
@@ -427,7 +435,7 @@ struct Projection {  // this block's rows of one of the three
         Weight w = choose(place.is_first, of_matrix(all[0]), of_matrix(all[1]));
         with(place, [&](auto tag) {
             using F = typename decltype(tag)::F;
-            start_rows<F, Share<F>>(shared, w, (size_t)place.at * num_rows() + row, barriers + QKV_COPY);
+            start_rows<F, Share<F>>(shared, w, place.at * num_rows() + row, barriers + QKV_COPY);
         });
     }
     METHOD Weight of_matrix(const Weight (&all)[3]) const { return choose(matrix == 0, all[0], choose(matrix == 1, all[1], all[2])); }
@@ -642,7 +650,7 @@ decode_row(const float* x, const int* active, const int* positions, const int* t
     Task task(__ldg(positions + slot), tables + slot * TABLE_LENGTH);
     Weight qkv[2][3] = {{GIVEN(4), GIVEN(5), GIVEN(6)}, {GIVEN(8), GIVEN(9), GIVEN(10)}};
     auto start_output = [&](int layer) {
-        start_rows<FORMAT_0, Out>(shared + AT_OUTPUT, GIVEN(0), (size_t)layer * K + first, barriers + OUTPUT_COPY);
+        start_rows<FORMAT_0, Out>(shared + AT_OUTPUT, GIVEN(0), layer * K + first, barriers + OUTPUT_COPY);
         commit_copies();
     };
     auto start_rest = [&](int layer) {  // behind q, k and v: three groups of copies
@@ -684,7 +692,7 @@ decode_row(const float* x, const int* active, const int* positions, const int* t
         norm.put_scales(input<SEGMENTS>(), r);
         Pairs pairs(GIVEN(1), GIVEN(2));
         Choice choice = choose_experts(words + LOGITS, r, [&](int j, int id) {
-            if (j == pairs.j) pairs.start((size_t)layer * MATRICES + id);
+            if (j == pairs.j) pairs.start(layer * MATRICES + id);
         });
         Experts experts(layer, first, GIVEN(3), GIVEN(7));
         pairs.multiply(layer & 1, [&]() { experts.start(choice, 0, EARLY, barriers + EARLY_COPY); });

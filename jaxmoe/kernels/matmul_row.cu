@@ -16,12 +16,16 @@ constexpr int ALL_ROWS = ROWS_0 + ROWS_1 + ROWS_2;
 #endif
 
 template <class F> DEVICE void dense(const Weight& w, int rows, int row, int out_row, INPUT, const float* residual, float* out) {
-    using Rows = SharedRows<F, SEGMENTS, ROWS, false, 16>;
+    using Rows = SharedRows<F, SEGMENTS, ROWS, true, 16, true>;
     static_assert(Rows::SIZE <= SHARED_SIZE, "the weights must fit");
     __shared__ SharedRow<SEGMENTS> input;
     __shared__ float sums[Rows::TASKS];
-    size_t first = (size_t)stack_index() * rows + row;
-    copy_rows<F, Rows>(shared, w, first);
+    __shared__ u64 barrier;
+    if (threadIdx.x == 0) init_phases(&barrier, 1);
+    fence_bulk();
+    __syncthreads();
+    u32 first = stack_index() * rows + row;
+    start_rows<F, Rows>(shared, w, first, &barrier);
     float before = 0;
     if (threadIdx.x < ROWS && residual) before = residual[out_row + threadIdx.x];
 #ifdef NORMED
@@ -32,6 +36,7 @@ template <class F> DEVICE void dense(const Weight& w, int rows, int row, int out
     copy_row<K>(input, x, x_scales);
     commit_copies();
 #endif
+    wait_phase(&barrier, 0);
     wait_copies<0>();
     __syncthreads();
     multiply_rows<F, Rows>(sums, shared, input);

@@ -73,21 +73,49 @@ template <class F, class Rows, bool OF_EXPERTS = false> DEVICE void copy_rows(u8
     copy_all_scales<F, Rows, ALL>(to, w, row);
 }
 
-// Whole rows are copied by one thread each, 8 at once where they lie without a gap: those of all warps in turn.
-DEVICE int spread_copy() { return (int)(threadIdx.x & 31) * WARPS + (int)(threadIdx.x >> 5); }
-template <class F, class Rows> constexpr u32 ROW_BYTES = Rows::NUM_SEGMENTS * F::BYTES;
-template <class F, class Rows> constexpr int ROWS_A_COPY = Rows::ROW_STRIDE == ROW_BYTES<F, Rows> ? 8 : 1;
-template <class F, class Rows> DEVICE void copy_codes(u8* to, const Weight& w, size_t row, u64* barrier) {
-    constexpr int SIZE = ROW_BYTES<F, Rows>, TOGETHER = ROWS_A_COPY<F, Rows>;
-    int n = spread_copy() * TOGETHER;
-    static_assert(Rows::HEIGHT <= THREADS && Rows::HEIGHT % TOGETHER == 0, "a copy a thread");
-    if (n < Rows::HEIGHT) copy_bulk(to + n * Rows::ROW_STRIDE, w.codes + (row + n) * SIZE, TOGETHER * SIZE, barrier);
+// Copies by one warp each, so that the others need not take the instructions: of rows in UNITs, whose scales are whole pieces of
+// 16 bytes in every format. Here the codes of NUM rows from `row` on to the rows from `first` on of Rows, as they lie; together
+// where they lie without a gap. `barrier` waits for them.
+constexpr int UNIT = 8;
+template <class F, class Rows> constexpr int ROW_BYTES = Rows::NUM_SEGMENTS * F::BYTES;
+template <class F, class Rows, int NUM> DEVICE void start_codes(u8* to, const Weight& w, u32 row, int first, u64* barrier) {
+    constexpr int SIZE = ROW_BYTES<F, Rows>, STRIDE = Rows::ROW_STRIDE, TOGETHER = STRIDE == SIZE ? NUM : 1;
+    const u8* from = w.codes + (size_t)row * SIZE;
+    to += first * STRIDE;
+    if (!is_bulk_copier()) return;
+#pragma unroll 1
+    for (int i = 0; i < NUM; i += TOGETHER)
+        copy_bulk(to + i * STRIDE, from + i * SIZE, TOGETHER * SIZE, barrier, threadIdx.x & 31, BULK_COPIERS);
 }
-// The same as copy_rows: the codes as they lie, by whole rows, which `barrier` waits for.
-template <class F, class Rows> DEVICE void start_rows(u8* to, const Weight& w, size_t row, u64* barrier) {
-    if (threadIdx.x == 0) expect_bulk(barrier, Rows::HEIGHT * ROW_BYTES<F, Rows>);
-    copy_codes<F, Rows>(to, w, row, barrier);
-    copy_all_scales<F, Rows, 0>(to, w, row);
+// And their scales, which the lanes wait for.
+template <int NUM, int RUN, int STRIDE> DEVICE void start_scales_of(u8* to, const void* array, u32 row, int first) {
+    constexpr int COUNT = RUN / 16;  // rows are one run where they lie without a gap
+    static_assert(RUN * NUM % 16 == 0 && STRIDE * UNIT % 16 == 0 && (RUN == STRIDE || RUN % 16 == 0), "pieces of 16 bytes");
+    const u8* from = (const u8*)array + (size_t)row * RUN;
+    to += first * STRIDE;
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = lane; n < RUN * NUM / 16; n += 32) {
+        int place = n * 16;
+        if constexpr (RUN != STRIDE) place = n / COUNT * STRIDE + n % COUNT * 16;
+        copy_async(to + place, from + n * 16);
+    }
+}
+template <class F, class Rows, int NUM> DEVICE void start_scales(u8* to, const Weight& w, u32 row, int first) {
+    if constexpr (F::S) start_scales_of<NUM, Rows::S_RUN, Rows::S_STRIDE>(to + Rows::AT_S, w.s, row, first);
+    if constexpr (F::M) start_scales_of<NUM, Rows::M_RUN, Rows::M_STRIDE>(to + Rows::AT_M, w.m, row, first);
+    start_scales_of<NUM, Rows::D_RUN, Rows::D_STRIDE>(to + Rows::AT_D, w.d, row, first);
+    if constexpr (F::D_M) start_scales_of<NUM, Rows::D_RUN, Rows::D_STRIDE>(to + Rows::AT_D_M, w.d_m, row, first);
+}
+// All of Rows, by the last warps: the first ones are those that have a row to norm.
+template <class F, class Rows> DEVICE void start_rows(u8* to, const Weight& w, u32 row, u64* barrier) {
+    static_assert(Rows::HEIGHT % UNIT == 0, "whole units");
+#pragma unroll 1
+    for (int first = (WARPS - 1 - (int)(threadIdx.x >> 5)) * UNIT; first < Rows::HEIGHT; first += WARPS * UNIT) {
+        if (first == 0 && is_bulk_copier()) expect_bulk(barrier, Rows::HEIGHT * ROW_BYTES<F, Rows>);
+        start_codes<F, Rows, UNIT>(to, w, row + first, first, barrier);
+        start_scales<F, Rows, UNIT>(to, w, row + first, first);
+    }
 }
 
 // A row that has come as codes and scales; the codes are copied in the background.

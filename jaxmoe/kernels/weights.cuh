@@ -245,8 +245,6 @@ template <class F, int COUNT, int NUM, bool BY_SEGMENT_, int PAD, bool WHOLE = f
     static constexpr int AT_D = AT_M + (F::M ? NUM * M_STRIDE : 0), AT_D_M = AT_D + (F::HALF ? 0 : NUM * D_STRIDE);
     static constexpr int SIZE = (AT_D_M + (F::D_M ? NUM * D_STRIDE : 0) + 15) / 16 * 16;
 
-    static constexpr int SCALE_SIZE = F::HALF ? 0 : TASKS * ((F::S ? S : 0) + (F::M ? 8 : 0) + D * (F::D_M ? 2 : 1));  // bytes in the file
-
     METHOD static int at_codes(int row, int segment) {
         return row * ROW_STRIDE + segment * (APART ? NUM : 1) * CODE_STRIDE;
     }
@@ -255,41 +253,4 @@ template <class F, int COUNT, int NUM, bool BY_SEGMENT_, int PAD, bool WHOLE = f
     METHOD static int at_m(int row, int segment) { return AT_M + row * M_STRIDE + segment * 8; }
     METHOD static int at_d(int row, int segment) { return AT_D + row * D_STRIDE + segment * D; }
     METHOD static int at_d_m(int row, int segment) { return AT_D_M + row * D_STRIDE + segment * D; }
-};
-
-// The copy of such rows' scales to shared memory in the background. What a thread copies is found once, so that a copy costs
-// few instructions.
-template <class F, class Rows> struct ScalesCopy {
-    static constexpr int PIECES = (Rows::SCALE_SIZE / 16 + THREADS - 1) / THREADS;  // a thread
-    struct Piece {
-        const u8* from;
-        int run, to;  // run: bytes of a row; 0 where there is no piece
-    };
-    Piece pieces[PIECES];
-
-    METHOD ScalesCopy(const Weight& w, int thread) {
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            int left = thread + i * THREADS;
-            pieces[i] = Piece{nullptr, 0, 0};
-            if constexpr (F::S) add<Rows::S_RUN, Rows::S_STRIDE>(pieces[i], w.s, Rows::AT_S, left);
-            if constexpr (F::M) add<Rows::M_RUN, Rows::M_STRIDE>(pieces[i], w.m, Rows::AT_M, left);
-            add<Rows::D_RUN, Rows::D_STRIDE>(pieces[i], w.d, Rows::AT_D, left);
-            if constexpr (F::D_M) add<Rows::D_RUN, Rows::D_STRIDE>(pieces[i], w.d_m, Rows::AT_D_M, left);
-        }
-    }
-    // Piece `left` of an array, if it lies there: rows are one run where they may lie without a gap.
-    template <int RUN, int STRIDE> METHOD static void add(Piece& piece, const void* array, int at, int& left) {
-        constexpr int SIZE = RUN == STRIDE ? RUN * Rows::HEIGHT : RUN, COUNT = SIZE / 16, HERE = RUN * Rows::HEIGHT / 16;
-        static_assert(SIZE % 16 == 0, "pieces of 16 bytes");
-        if (left >= 0 && left < HERE)
-            piece = Piece{(const u8*)array + left * 16, RUN, at + left / COUNT * (RUN == STRIDE ? 0 : STRIDE) + left % COUNT * 16};
-        left -= HERE;
-    }
-    // Start the copy of those of the rows from `row` on.
-    METHOD void start(u8* to, size_t row) const {
-#pragma unroll
-        for (int i = 0; i < PIECES; i++)
-            if (pieces[i].run) copy_async(to + pieces[i].to, pieces[i].from + row * pieces[i].run);
-    }
 };
