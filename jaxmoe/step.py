@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +258,11 @@ def _token_logprobs(host: Any, i: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(int(host.token_id[i]), float(host.logprob[i]), tuple(top))
 
 
+# XLA counts a cache once for every kernel that hands it on, seeks in vain what to compute twice to save
+# memory, and warns of it.
+_COMPILER_OPTIONS: Final = {"xla_disable_hlo_passes": "rematerialization"}
+
+
 class Steps:
     """The compiled steps of one model with their state on the device; one thread uses it.
 
@@ -343,7 +348,7 @@ class Steps:
             function = self._prefill if kind == "prefill" else self._decode
             state = self._leaves, self._cache, self._slots, self._device_tables
             lowered = function.lower(*state, *self._idle_arguments(kind, bucket))
-            self._executables[kind, bucket] = lowered.compile()
+            self._executables[kind, bucket] = lowered.compile(compiler_options=_COMPILER_OPTIONS)
         return self._executables[kind, bucket]
 
     def num_compilations(self) -> int:
