@@ -258,9 +258,9 @@ def _token_logprobs(host: Any, i: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(int(host.token_id[i]), float(host.logprob[i]), tuple(top))
 
 
-# XLA counts a cache once for every kernel that hands it on, seeks in vain what to compute twice to save
-# memory, and warns of it.
-_COMPILER_OPTIONS: Final = {"xla_disable_hlo_passes": "rematerialization"}
+# XLA counts the cache once for each kernel that it is passed through, so it thinks that memory is short,
+# looks in vain for values to compute again, and warns.
+_KERNELS_OPTIONS: Final = {"xla_disable_hlo_passes": "rematerialization"}
 
 
 class Steps:
@@ -348,7 +348,8 @@ class Steps:
             function = self._prefill if kind == "prefill" else self._decode
             state = self._leaves, self._cache, self._slots, self._device_tables
             lowered = function.lower(*state, *self._idle_arguments(kind, bucket))
-            self._executables[kind, bucket] = lowered.compile(compiler_options=_COMPILER_OPTIONS)
+            options = _KERNELS_OPTIONS if self.shapes.kernels else None
+            self._executables[kind, bucket] = lowered.compile(compiler_options=options)
         return self._executables[kind, bucket]
 
     def num_compilations(self) -> int:

@@ -369,6 +369,18 @@ def test_too_far_from_the_float_path() -> None:
     assert not found.passed
 
 
+def test_the_float_path_on_its_own_decides() -> None:
+    plain, far = _logits(0), _logits(1)
+    paths = _paths(plain, plain, plain)
+    found = whole_model(dataclasses.replace(paths, plain_routed=lambda _: far), [range(400)])
+    assert found.passed
+    assert found.plain.mean_kl == 0
+    assert found.plain_routed.mean_kl > agreement.MEAN_KL
+    found = whole_model(dataclasses.replace(paths, plain=lambda _: far), [range(400)])
+    assert not found.passed
+    assert found.plain_routed == agreement.Distance(0, int((agreement.margin(plain) > 0.5).sum()), 0)
+
+
 def test_nan_passes_nothing() -> None:
     plain = _logits(0)
     assert not whole_model(_paths(plain, plain, plain * np.nan), [range(400)]).passed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import EmulatorError, emulated_launch, unavailable
+from emulator import EmulatorError, emulated_launch, source_text, unavailable
 from jax import Array
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -192,6 +193,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return np.asarray(out)
 
     return launch
+
+
+def test_an_older_gpu_is_emulated(use_older: Callable[[], None]) -> None:
+    source = partial(source_text, "rows.cu", "norm_quantise", {})
+    assert source().startswith("#define EMULATED 900\n")
+    use_older()
+    assert source().startswith("#define EMULATED 800\n")
 
 
 def test_blocks_sum_with_barriers_and_threads_that_returned(run: Run) -> None:

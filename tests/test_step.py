@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +272,19 @@ def test_warming_again_compiles_nothing_and_leaves_the_cache_alone(
     tokens += [player.decode(5)[5] for _ in range(NUM_TOKENS - 1)]
     assert tokens == alone
     assert tiny_steps.num_compilations() == before
+
+
+def test_steps_by_kernels_alone_are_compiled_without_rematerialisation(
+    tiny_steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Mock()
+    for kernels in (False, True):
+        monkeypatch.setattr(tiny_steps, "shapes", replace(tiny_steps.shapes, kernels=kernels))
+        monkeypatch.setattr(tiny_steps, "_executables", {})
+        monkeypatch.setattr(tiny_steps, "_decode", step)
+        tiny_steps._executable("decode", 1)
+    asked = [call.kwargs["compiler_options"] for call in step.lower.return_value.compile.call_args_list]
+    assert asked == [None, {"xla_disable_hlo_passes": "rematerialization"}]
 
 
 SCOPES = {

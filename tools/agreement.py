@@ -69,7 +69,7 @@ class Agreement:
     its own, and of the one that starts each layer from what the kernels computed up to there: sums in another
     order round one of many codes apart, and within some layers that grows to the size of all rounding.
     `plain` is the distance from the float path, `plain_routed` from the one whose rows go to the experts that
-    the kernels chose: what rounding costs beside other choices.
+    the kernels chose: what rounding costs where it changes no choice of experts.
     """
 
     positions: int
@@ -86,7 +86,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Paths:
-    """The same model: through kernels, their rounded twins, and in float; twins alone and in step."""
+    """The same model: through kernels, their rounded twins, and in float; twins alone and in step.
+
+    `plain_routed` is in float, but takes the kernels' experts.
+    """
 
     kernel: Path
     rounded: Path
@@ -180,7 +183,10 @@ def rounded_call(
 def in_step_call(
     model: Decoder, token_ids: Array, cache: KVCache, where: Array, tables: Array
 ) -> tuple[Array, KVCache]:
-    """`rounded_call`, but each layer starts from the hidden states and the cache of `kernel_call`."""
+    """`rounded_call`, but each layer starts from the hidden states and the cache of `kernel_call`.
+
+    Attention's input is rounded before it is multiplied by 1 / rms, as the kernels do, the others after it.
+    """
     states = [model.embedding(token_ids)]
     by_kernels = MoE.with_kernels
 
@@ -197,7 +203,7 @@ def in_step_call(
     layer = jnp.int32(last)
     with _rounding(model.config, where, tables):
         x = states[-2]
-        # rounded before it is multiplied by 1 / rms, as the kernels do: that decides some codes
+        # where the factor comes decides some codes, and so some keys
         norm = model.attn_norm.weight[...]
         normed = norm_quantise_twin(x, norm, where[2:3], eps=model.config.norm_eps, layer=last)
         y, _ = model.attention(rounded_values(Rounded(*normed)), cache, rows, layer)

@@ -142,12 +142,12 @@ DEVICE bool is_phase_over(u64* barrier, u32 parity) {
 #if ARCH >= 900
 // Before bulk copies, by all threads: what they wrote to shared memory lies there before.
 DEVICE void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Arrives, and says how many bytes of bulk copies the phase waits for beside.
+// Arrives, and says how many bytes of bulk copies the phase also waits for.
 DEVICE void expect_bulk(u64* barrier, u32 size) {
     u32 address = (u32)__cvta_generic_to_shared(barrier);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(size) : "memory");
 }
-// Whether this lane is the one of its warp that does what one does: the assembler then makes no loops over lanes.
+// Whether this is the lane elected to act for its warp; all 32 must ask together. The assembler then makes no loop over lanes.
 DEVICE bool is_bulk_copier() {
     u32 is_one;
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(is_one));

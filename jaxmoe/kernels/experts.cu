@@ -578,7 +578,7 @@ template <class Product> DEVICE void multiply_steps(Pipeline<Product>& pipeline)
         u32 n = all / Product::UNITS, unit = all % Product::UNITS;
         pipeline.wait(pipeline.full, n);
         if (pipeline.told[n % pipeline.RING].x < 0) break;
-        pipeline.wait(pipeline.sums_free, n - Product::SUMS);  // of the first steps: the phase before a barrier's first is over
+        pipeline.wait(pipeline.sums_free, n - Product::SUMS);  // of the first steps: the phase before a barrier's first, parity 1, is over
         int4 told = pipeline.told[n % pipeline.RING];
         int count = told.y;
         const u8 *from = pipeline.stage(n), *inputs = pipeline.inputs(told.z);

@@ -1,4 +1,4 @@
-// What products of one row share: the row in shared memory, its norm and rounding by all threads, and the product of
+// What products of one row share: copies of a weight's rows to shared memory, the row there, its norm and rounding by all threads, and the product of
 // one row of a weight and one segment of inputs by one lane. THREADS, a macro: of a block.
 #pragma once
 #include "weights.cuh"
@@ -73,11 +73,12 @@ template <class F, class Rows, bool OF_EXPERTS = false> DEVICE void copy_rows(u8
     copy_all_scales<F, Rows, ALL>(to, w, row);
 }
 
-// Copies by one warp each, so that the others need not take the instructions: of rows in UNITs, whose scales are whole pieces of
-// 16 bytes in every format. Here the codes of NUM rows from `row` on to the rows from `first` on of Rows, as they lie; together
-// where they lie without a gap. `barrier` waits for them.
+// A copy is started by one warp, so that the others need not issue its instructions. Rows come in UNITs: the scales of 8 rows are
+// whole pieces of 16 bytes in every format.
 constexpr int UNIT = 8;
 template <class F, class Rows> constexpr int ROW_BYTES = Rows::NUM_SEGMENTS * F::BYTES;
+// The codes of NUM rows of the weight, from `row` on, to the rows from `first` on of Rows, as they lie; in one copy where they lie
+// without a gap. `barrier` waits for them.
 template <class F, class Rows, int NUM> DEVICE void start_codes(u8* to, const Weight& w, u32 row, int first, u64* barrier) {
     constexpr int SIZE = ROW_BYTES<F, Rows>, STRIDE = Rows::ROW_STRIDE, TOGETHER = STRIDE == SIZE ? NUM : 1;
     const u8* from = w.codes + (size_t)row * SIZE;
