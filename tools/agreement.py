@@ -244,13 +244,7 @@ def _rounding(config: ModelConfig, where: Array, tables: Array) -> Iterator[None
 
     def attend(q: Array, cache: KVCache, rows: Any, layer: Array) -> Array:
         mixed = kernel_attention.prefill_twin(
-            kernel_attention.to_bfloat16(q),
-            where,
-            tables,
-            cache.keys,
-            cache.values,
-            config=config,
-            layer=cast(int, layer),
+            q, where, tables, cache.keys, cache.values, config=config, layer=cast(int, layer)
         )
         return mixed.reshape(q.shape)
 

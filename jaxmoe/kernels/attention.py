@@ -291,7 +291,7 @@ def prepare_twin(
     q, k, v = _prepared(qkv, q_norm[layer], k_norm[layer], cos[at], sin[at], config)
     table = jnp.broadcast_to(tables[where[0]], (qkv.shape[0], tables.shape[1]))
     layer_keys, layer_values = _written((keys[layer], values[layer]), (k, v), table, at, rounded)
-    return (to_bfloat16(q) if rounded else q), layer_keys, layer_values
+    return (_bfloat16(q) if rounded else q), layer_keys, layer_values
 
 
 def prefill_twin(
@@ -319,7 +319,7 @@ def prefill_twin(
     return rounded_values(round_rows(mixed)) if rounded else mixed
 
 
-def to_bfloat16(x: Array) -> Array:
+def _bfloat16(x: Array) -> Array:
     """float32 x, rounded to what bfloat16 holds. XLA may drop a cast to bfloat16 and back, but not this."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
@@ -350,7 +350,7 @@ def _written(
     page = jnp.take_along_axis(tables, (positions // page_length)[:, None], axis=1)[:, 0]
 
     def put(old: Array, new: Array) -> Array:
-        new = to_bfloat16(new) if rounded else new
+        new = _bfloat16(new) if rounded else new
         return old.astype(jnp.float32).at[page, positions % page_length].set(new)
 
     return put(pages[0], rows[0]), put(pages[1], rows[1])
@@ -360,7 +360,7 @@ def _attended(q: Array, keys: Array, values: Array, tables: Array, positions: Ar
     """Attention of q [M, N, H] over the pages of `tables` [M, P] -> [M, N * H]."""
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[2]
-    q = (to_bfloat16(q) if rounded else q).reshape(num_rows, num_kv_heads, -1, head_dim)
+    q = (_bfloat16(q) if rounded else q).reshape(num_rows, num_kv_heads, -1, head_dim)
     # [segments, M, 128, K, H]
     split = [
         x[tables].reshape(num_rows, -1, SEGMENT_LENGTH, num_kv_heads, head_dim).swapaxes(0, 1)
@@ -393,7 +393,7 @@ def _segment(q: Array, keys: Array, values: Array, seen: Array, rounded: bool) -
     scores = jnp.where(seen, product("mkgh,mskh->mkgs", q, keys) * scale, -jnp.inf)
     highest = scores.max(axis=-1)
     shares = jnp.where(seen, jnp.exp2(scores - jnp.maximum(highest, jnp.float32(-1e30))[..., None]), 0)
-    shares = to_bfloat16(shares) if rounded else shares
+    shares = _bfloat16(shares) if rounded else shares
     values = jnp.where(seen[:, 0, 0, :, None, None], values, 0)
     return highest, shares.sum(axis=-1), product("mkgs,mskh->mkgh", shares, values)
 
