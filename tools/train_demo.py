@@ -196,10 +196,13 @@ def _widened(batch: Batch) -> Batch:
 # --- Training
 
 
-def rate_at(plan: Plan, since_first: float) -> float:
-    """The learning rate so many seconds after the first step: up in a line, then down as a cosine to 0."""
+def rate_at(plan: Plan, first: float, since_first: float) -> float:
+    """The learning rate so many seconds after the first step: up in a line, then down as a cosine to 0.
+
+    `first`: seconds from `plan.begun` to the first step.
+    """
     rising = min(1.0, since_first / plan.warm_up)
-    whole = max(plan.seconds - FINAL_SECONDS - (plan.elapsed - since_first), 1.0)
+    whole = max(plan.seconds - FINAL_SECONDS - first, 1.0)
     done = min(max((since_first - plan.warm_up) / max(whole - plan.warm_up, 1.0), 0.0), 1.0)
     return plan.learning_rate * rising * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -215,14 +218,14 @@ def train(
     # compiles, and fills the optimizer's averages at rate 0
     found = trainer.train(pool.draw(rng, shape), np.zeros(plan.steps_a_call, np.float32))
     jax.block_until_ready(found)
-    begun = saved = time.monotonic()
-    num_steps = 0
+    first, begun = plan.elapsed, time.monotonic()
+    saved, num_steps = begun, 0
     with tqdm(total=round(plan.seconds), unit="s", desc="training", mininterval=2) as bar:
         while plan.elapsed < plan.seconds - FINAL_SECONDS and (max_steps is None or num_steps < max_steps):
             for rows in stream.take():
                 pool.add(rows)
             rows = pool.draw(rng, shape)
-            rate = rate_at(plan, time.monotonic() - begun)
+            rate = rate_at(plan, first, time.monotonic() - begun)
             # the call before this one is read while this one runs: the device never waits for the host
             earlier, found = found, trainer.train(rows, np.full(plan.steps_a_call, rate, np.float32))
             log.append(_line(earlier, num_steps, rate, time.monotonic() - begun))
