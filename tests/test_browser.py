@@ -147,6 +147,14 @@ def tab(browser: Browser, server: Process) -> Iterator[Tab]:
     server.wait_idle()
 
 
+@pytest.fixture
+def slow_tab(browser: Browser, tiny_gguf: Path) -> Iterator[Tab]:
+    """Tokens come every 20 ms: on a busy machine too, an answer can be seen to grow."""
+    with serving(tiny_gguf, FAKE_STEP_SECONDS="0.02") as process, new_tab(browser) as tab:
+        process.wait_for(status="ok")
+        yield tab.open(process.url)
+
+
 def until(holds: Callable[[], object]) -> None:
     end = time.perf_counter() + PATIENCE / 1000
     while not holds():
@@ -157,7 +165,8 @@ def until(holds: Callable[[], object]) -> None:
 # Chatting.
 
 
-def test_an_answer_grows_and_is_measured(tab: Tab) -> None:
+def test_an_answer_grows_and_is_measured(slow_tab: Tab) -> None:
+    tab = slow_tab
     assert tab.page.title() == "jaxmoe"
     expect(tab.page.locator("#model-name")).to_have_text("Synthetic tiny")
     tab.ask("program")
@@ -165,8 +174,8 @@ def test_an_answer_grows_and_is_measured(tab: Tab) -> None:
     lengths = [len(tab.text)]
     while not tab.page.is_visible("#send"):
         lengths.append(len(tab.text))
-    assert len(set(lengths)) >= 3, "a busy machine draws seldom, but not only the beginning and the end"
-    assert lengths == sorted(lengths)
+    assert len(set(lengths)) >= 5
+    assert lengths[0] < lengths[len(lengths) // 2] < lengths[-1]
     assert tab.answer.locator("pre code").inner_text() == "def add(a, b):\n    return a + b"
     assert tab.answer.locator("li").all_inner_texts() == ["It adds two numbers.", "add(17, 25) is 42."]
     expect(tab.answer).to_have_attribute("aria-busy", "false")

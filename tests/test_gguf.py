@@ -497,7 +497,7 @@ def read_or_refuse(path: Path) -> None:
         assert sum(int(t.data[-1]) for t in file.tensors.values()) >= 0
     except GGUFError:
         pass
-    assert perf_counter() - begin < 5  # milliseconds on a free core
+    assert perf_counter() - begin < 1
 
 
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)

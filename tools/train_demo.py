@@ -218,14 +218,14 @@ def train(
     # compiles, and fills the optimizer's averages at rate 0
     found = trainer.train(pool.draw(rng, shape), np.zeros(plan.steps_a_call, np.float32))
     jax.block_until_ready(found)
-    first, begun = plan.elapsed, time.monotonic()
-    saved, num_steps = begun, 0
+    begun = saved = time.monotonic()
+    num_steps = 0
     with tqdm(total=round(plan.seconds), unit="s", desc="training", mininterval=2) as bar:
         while plan.elapsed < plan.seconds - FINAL_SECONDS and (max_steps is None or num_steps < max_steps):
             for rows in stream.take():
                 pool.add(rows)
             rows = pool.draw(rng, shape)
-            rate = rate_at(plan, first, time.monotonic() - begun)
+            rate = rate_at(plan, begun - plan.begun, time.monotonic() - begun)
             # the call before this one is read while this one runs: the device never waits for the host
             earlier, found = found, trainer.train(rows, np.full(plan.steps_a_call, rate, np.float32))
             log.append(_line(earlier, num_steps, rate, time.monotonic() - begun))
